@@ -1,0 +1,229 @@
+"""The CP class of separable networks: a sum of products of learnable functions of one input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sna_core.bspline import UniformBSpline, check_inside, local_bspline
+
+ACTIVATIONS = {
+    "exp": torch.exp,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "softplus": F.softplus,
+    "tanh": torch.tanh,
+}
+
+
+class CPNetwork(nn.Module):
+    r"""Canonical polyadic network with B-spline sub-atoms.
+
+    .. math::
+        f_o(x) = \rho\Big(\sum_{j=1}^{r} c_{oj} \prod_{i=1}^{d} \psi_i^{(oj)}(x_i)\Big), \qquad
+        \psi_i^{(oj)}(x_i) = \sum_b \alpha_{iboj} B_b(x_i)
+
+    (arXiv 2603.12244, eq. 1, 2 and 7). With unit weights and no activation this is KHRONOS.
+
+    Parameters (in tensorly's words):
+        ``factors`` :math:`\alpha`, (num_inputs, num_basis, num_outputs, rank): ``factors[i]`` holds the B-spline
+        coefficients along input i. With shared components its third dimension is 1.
+        ``weights`` c, (num_outputs, rank), or None for unit weights.
+
+    At the start :math:`\alpha \sim N(1, 1/d)` and :math:`c \sim N(0, 1/r)`; with unit weights the draw of c multiplies
+    the first input's factors. Before the activation f then has mean 0 and a variance from 1 to e, for any d and r.
+
+    Args:
+        num_inputs: d.
+        num_outputs: Number of functions f_o.
+        rank: Number r of components of each output, or of all together where they are shared.
+        num_cells: Cells of each input's interval.
+        degree: Degree of the B-splines, 0 to 5.
+        low: Left end of the inputs' intervals, one for all or one for each.
+        high: Right end, likewise.
+        shared_components: Whether all outputs weight the same components.
+        unit_weights: Whether c is fixed to one.
+        activation: :math:`\rho`: None for the identity, a name in ``ACTIVATIONS``, or a callable.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: If a count is below 1, an interval is empty, the activation is unknown, or unit weights would make
+            all outputs equal.
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        num_outputs: int = 1,
+        *,
+        rank: int,
+        num_cells: int,
+        degree: int = 3,
+        low: float | Sequence[float] = 0.0,
+        high: float | Sequence[float] = 1.0,
+        shared_components: bool = False,
+        unit_weights: bool = False,
+        activation: str | Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        for name, count in (("num_inputs", num_inputs), ("num_outputs", num_outputs), ("rank", rank)):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} = {count!r}; expected an integer of at least 1.")
+        if shared_components and unit_weights and num_outputs > 1:
+            raise ValueError(
+                f"shared components with unit weights make all {num_outputs} outputs equal; set one of them to False."
+            )
+        if isinstance(activation, str) and activation not in ACTIVATIONS:
+            raise ValueError(f"activation = {activation!r}; expected None, a callable or one of {sorted(ACTIVATIONS)}.")
+        self.num_inputs, self.num_outputs, self.rank = num_inputs, num_outputs, rank
+        self.low, self.high = _one_each("low", low, num_inputs), _one_each("high", high, num_inputs)
+        self.splines = tuple(UniformBSpline(num_cells, degree, *ends) for ends in zip(self.low, self.high, strict=True))
+        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+
+        num_basis, num_functions = self.splines[0].num_basis, 1 if shared_components else num_outputs
+        self.factors = nn.Parameter(torch.empty(num_inputs, num_basis, num_functions, rank, device=device, dtype=dtype))
+        self.register_parameter(
+            "weights",
+            None if unit_weights else nn.Parameter(torch.empty(num_outputs, rank, device=device, dtype=dtype)),
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew, as the class says."""
+        self.factors.normal_(1.0, self.num_inputs**-0.5)
+        if self.weights is None:
+            self.factors[0] *= torch.empty_like(self.factors[0, 0]).normal_(0.0, self.rank**-0.5)
+        else:
+            self.weights.normal_(0.0, self.rank**-0.5)
+
+    def forward(self, x: Tensor, *, check: bool = True) -> Tensor:
+        """Evaluates f at the points x: (..., num_inputs) -> (..., num_outputs), for a single output (..., 1).
+
+        Differentiable any number of times, in x and in the parameters. ``check=False`` leaves out the look at every
+        value of x, for which a compiled graph breaks and a GPU waits; the caller then vouches that x lies in the
+        intervals.
+
+        Raises:
+            ValueError: If a point is NaN or outside its interval, or x has another width or dtype than the network.
+        """
+        components = pairwise_product(self.subatoms(x, check=check))  # (..., num_outputs or 1, rank)
+        if self.weights is None:
+            total = components.sum(-1)
+        elif self.factors.shape[2] == 1:
+            total = F.linear(components.squeeze(-2), self.weights)
+        else:
+            total = (components * self.weights).sum(-1)
+        return total if self.activation is None else self.activation(total)
+
+    def subatoms(self, x: Tensor, derivative: int = 0, *, check: bool = True) -> Tensor:
+        r"""The functions of one input, :math:`\psi_i^{(oj)}(x_i)`, or their derivatives of one order in x_i.
+
+        (..., num_inputs) -> (num_inputs, ..., num_outputs, rank); the third from last is 1 for shared components. With
+        :math:`\psi` and :math:`\psi'`, the gradient of f needs no autograd. Raises as :meth:`forward`.
+        """
+        factors = self.factors
+        if x.shape[-1:] != (self.num_inputs,):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; expected (..., {self.num_inputs}), a column for each input."
+            )
+        if x.dtype != factors.dtype:
+            raise ValueError(f"x is {x.dtype} and the factors are {factors.dtype}; convert with x.to({factors.dtype}).")
+        if not isinstance(derivative, int) or derivative < 0:
+            raise ValueError(f"derivative = {derivative!r}; expected an integer of at least 0.")
+        if check:
+            check_inside(x, x.new_tensor(self.low), x.new_tensor(self.high), self.num_inputs)
+        spline = self.splines[0]
+        low = x.new_tensor(self.low).unsqueeze(-1)
+        width = x.new_tensor([s.high - s.low for s in self.splines]).unsqueeze(-1)
+        columns = x.reshape(-1, self.num_inputs).mT.contiguous()  # (num_inputs, points)
+        cell, values = local_bspline(columns, low, width, spline.num_cells, spline.degree, derivative)
+        index = cell.unsqueeze(-1) + torch.arange(spline.degree + 1, device=x.device)
+        psi = _WeightedRows.apply(factors.flatten(2), index, values)  # (num_inputs, points, functions * rank)
+        return psi.view(self.num_inputs, *x.shape[:-1], *factors.shape[2:])
+
+    def reference_forward(self, x: Tensor) -> Tensor:
+        """The formula as written, with the whole basis of each input: the oracle of :meth:`forward`."""
+        product = 1.0
+        for i, spline in enumerate(self.splines):
+            product = product * torch.einsum("...b,bor->...or", spline.dense(x[..., i]), self.factors[i])
+        total = (product if self.weights is None else product * self.weights).sum(-1)
+        return total if self.activation is None else self.activation(total)
+
+    def extra_repr(self) -> str:
+        """The settings that the parameters' shapes do not tell."""
+        spline, activation = self.splines[0], getattr(self.activation, "__name__", self.activation)
+        return (
+            f"num_inputs={self.num_inputs}, num_outputs={self.num_outputs}, rank={self.rank}, "
+            f"num_cells={spline.num_cells}, degree={spline.degree}, "
+            f"shared_components={self.factors.shape[2] < self.num_outputs}, unit_weights={self.weights is None}, "
+            f"activation={activation}"
+        )
+
+
+def pairwise_product(factors: Tensor) -> Tensor:
+    """Product over the first dimension as a tree of pairwise products: (n, ...) -> (...).
+
+    Each gradient is the product of the other factors, so it is exact where factors are zero or negative, and rounding
+    grows with the depth log2(n).
+    """
+    left_over = []
+    while (n := factors.shape[0]) > 1:
+        left, right, odd = factors.split([n // 2, n // 2, n % 2])  # slices would each fill a gradient with zeros
+        left_over += odd.unbind()
+        factors = left * right
+    return reduce(torch.mul, left_over, factors.squeeze(0))
+
+
+class _WeightedRows(torch.autograd.Function):
+    """Sums ``table[i, index[i, n, m]] * values[i, n, m]`` over m.
+
+    Shapes: table (inputs, rows, width), index and values (inputs, points, k) -> (inputs, points, width).
+
+    Forward is one kernel that reads k rows a point and stores none. Backward is two matrix products, since adding to
+    single rows is slower for up to a hundred rows or so. PyTorch can differentiate them again; its kernel it cannot.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(table: Tensor, index: Tensor, values: Tensor) -> Tensor:
+        num_inputs, num_rows, _ = table.shape
+        rows = index + num_rows * torch.arange(num_inputs, device=index.device).view(-1, 1, 1)
+        sums = F.embedding_bag(
+            rows.flatten(0, 1), table.flatten(0, 1), per_sample_weights=values.flatten(0, 1), mode="sum"
+        )
+        return sums.view(*index.shape[:2], table.shape[2])
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN001
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # noqa: ANN001
+        table, index, values = ctx.saved_tensors
+        to_table = to_values = None
+        if ctx.needs_input_grad[0]:
+            dense = values.new_zeros(*index.shape[:2], table.shape[1]).scatter_(-1, index, values)
+            to_table = dense.mT @ gradient
+        if ctx.needs_input_grad[2]:
+            to_values = (gradient @ table.mT).gather(-1, index)
+        return to_table, None, to_values
+
+
+def _one_each(name: str, value: float | Sequence[float], num_inputs: int) -> tuple[float, ...]:
+    values = (float(value),) * num_inputs if isinstance(value, int | float) else tuple(float(v) for v in value)
+    if len(values) != num_inputs:
+        raise ValueError(
+            f"{name} has {len(values)} values for {num_inputs} inputs; give one number or one for each input."
+        )
+    return values
