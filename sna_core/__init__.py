@@ -1,0 +1,10 @@
+"""Separable networks: functions of many inputs built from small learnable functions of one input.
+
+Imports torch alone.
+"""
+
+from sna_core.bspline import UniformBSpline
+from sna_core.embedding import LowRankEmbedding, SeparableEmbedding
+from sna_core.network import CPNetwork
+
+__all__ = ["CPNetwork", "LowRankEmbedding", "SeparableEmbedding", "UniformBSpline"]

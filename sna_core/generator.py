@@ -1,0 +1,164 @@
+r"""The separable product inside :class:`~sna_core.embedding.SeparableEmbedding`, and its plain twin.
+
+For coordinates :math:`\tilde z` (heads, tokens, seed_dim) in [0, 1] and spline coefficients S (heads, seed_dim,
+num_knots, rank) it computes
+
+.. math::
+    M_{lnr} = \prod_i \phi_{lnir}, \qquad \phi_{lnir} = \sum_j B_j(\tilde z_{lni}) S_{lijr},
+
+with the quadratic B-splines B on num_knots uniform knots (arXiv 2601.22040). Written out, :math:`\phi` takes seed_dim x
+rank numbers a token and head, and moving it through memory is what costs. :func:`separable_product` therefore works
+through blocks of tokens that stay in cache, keeps none of them, and computes them again in backward; the product is a
+tree of pairwise products, whose gradient is exact where factors are zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sna_core.network import pairwise_product
+
+# Numbers of phi in one block: on a CPU what its cache holds, on a GPU enough to fill it.
+BLOCK_NUMEL = {"cpu": 2**20}
+LARGE_BLOCK_NUMEL = 2**26
+
+
+def uniform_spline_basis(x: Tensor, num_knots: int, scale: Tensor | None = None, normalize: bool = True) -> Tensor:
+    r"""Quadratic B-splines on ``num_knots`` uniform knots on [0, 1]: (...) -> (..., num_knots).
+
+    With :math:`t = |x - j / (K-1)| (K-1)`, times ``scale`` where given: :math:`3/4 - t^2` for :math:`t < 1/2`,
+    :math:`(3/2 - t)^2 / 2` for :math:`1/2 \le t < 3/2`, 0 beyond; divided by its sum over j with ``normalize``.
+    """
+    t = (x.unsqueeze(-1) * (num_knots - 1) - torch.arange(num_knots, dtype=x.dtype, device=x.device)).abs()
+    if scale is not None:
+        t = t * scale.unsqueeze(-1)
+    basis = torch.where(t < 0.5, 0.75 - t**2, torch.where(t < 1.5, (1.5 - t) ** 2 / 2, torch.zeros_like(t)))
+    return basis / basis.sum(-1, keepdim=True) if normalize else basis
+
+
+def separable_product_reference(
+    coordinates: Tensor, splines: Tensor, scale: Tensor | None = None, normalize: bool = True
+) -> Tensor:
+    """The product as signs and a sum of logarithms, as written in the papers: the oracle of :func:`separable_product`.
+
+    Shapes: coordinates (heads, tokens, seed), splines (heads, seed, knots, rank), scale (heads, seed) -> (heads,
+    tokens, rank).
+    """
+    products = []
+    for head in range(coordinates.shape[0]):
+        basis = uniform_spline_basis(
+            coordinates[head], splines.shape[2], None if scale is None else scale[head], normalize
+        )
+        phi = torch.einsum("nij,ijr->nir", basis, splines[head])  # (tokens, seed, rank)
+        products.append(phi.sign().prod(1) * (phi.abs() + 1e-9).log().sum(1).exp())
+    return torch.stack(products)
+
+
+def separable_product(
+    coordinates: Tensor, splines: Tensor, scale: Tensor | None = None, normalize: bool = True
+) -> Tensor:
+    """The product by blocks: one batched matrix product over the seed dimensions, then a tree of pairwise products.
+
+    Shapes: coordinates (heads, tokens, seed), splines (heads, seed, knots, rank), scale (heads, seed) -> (heads,
+    tokens, rank). Differentiable once; under ``torch.compile`` it is one block for the compiler to fuse.
+    """
+    if torch.compiler.is_compiling() or coordinates.is_meta:
+        x = coordinates.transpose(1, 2)  # (heads, seed, tokens)
+        basis = uniform_spline_basis(
+            x, splines.shape[2], None if scale is None else scale.unsqueeze(-1), normalize
+        )  # (heads, seed, tokens, knots)
+        return pairwise_product((basis @ splines).movedim(1, 0))
+    return _SeparableProduct.apply(coordinates, splines, scale, normalize)
+
+
+def _product_levels(factors: Tensor) -> list[Tensor]:
+    """Levels of the product tree over dimension 0, from the factors to their product (a leading dimension of one)."""
+    levels = [factors]
+    while (count := levels[-1].shape[0]) > 1:
+        last, half = levels[-1], count // 2
+        level = last[:half] * last[half : 2 * half]
+        levels.append(torch.cat([level, last[2 * half :]]) if count % 2 else level)
+    return levels
+
+
+def _product_gradient(levels: list[Tensor], gradient: Tensor) -> Tensor:
+    """Gradient in the factors from the gradient in their product; a factor's is the product of all others."""
+    for level in reversed(levels[:-1]):
+        half = level.shape[0] // 2
+        below = torch.empty_like(level)
+        torch.mul(gradient[:half], level[half : 2 * half], out=below[:half])
+        torch.mul(gradient[:half], level[:half], out=below[half : 2 * half])
+        below[2 * half :] = gradient[half:]
+        gradient = below
+    return gradient
+
+
+def _blocks(coordinates: Tensor, rank: int) -> list[tuple[int, slice]]:
+    heads, tokens, seed = coordinates.shape
+    size = max(1, BLOCK_NUMEL.get(coordinates.device.type, LARGE_BLOCK_NUMEL) // (seed * rank))
+    return [(head, slice(start, start + size)) for head in range(heads) for start in range(0, tokens, size)]
+
+
+def _block_basis(x: Tensor, num_knots: int, scale: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The basis in place and without branches, with what its derivative needs.
+
+    Uses B(t) = relu(3/2 - t)^2 / 2 - 3 relu(1/2 - t)^2 / 2, equal to the two pieces. Returns the basis (seed, tokens,
+    knots), the signed distance to the knots and the sum that normalised it (seed, tokens, 1).
+    """
+    distance = (x * (num_knots - 1)).unsqueeze(-1) - torch.arange(num_knots, dtype=x.dtype, device=x.device)
+    t = distance.abs()
+    if scale is not None:
+        t.mul_(scale.view(-1, 1, 1))
+    inner = (0.5 - t).relu_()
+    outer = t.neg_().add_(1.5).relu_()
+    basis = outer.mul_(outer).mul_(0.5).addcmul_(inner, inner, value=-1.5)
+    total = basis.sum(-1, keepdim=True) if normalize else basis.new_ones(())
+    return (basis.div_(total) if normalize else basis), distance, total
+
+
+class _SeparableProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, coordinates, splines, scale, normalize):  # noqa: ANN001, ANN205
+        num_knots, rank = splines.shape[2:]
+        product = coordinates.new_empty(*coordinates.shape[:2], rank)
+        for head, rows in _blocks(coordinates, rank):
+            head_scale = None if scale is None else scale[head]
+            basis, _, _ = _block_basis(coordinates[head, rows].t(), num_knots, head_scale, normalize)
+            factors = torch.bmm(basis, splines[head])  # (seed, tokens, rank)
+            while (count := factors.shape[0]) > 1:  # as _product_levels, keeping no level
+                half = count // 2
+                pairs = factors[:half].mul_(factors[half : 2 * half])
+                factors = torch.cat([pairs, factors[2 * half :]]) if count % 2 else pairs
+            product[head, rows] = factors[0]
+        ctx.save_for_backward(coordinates, splines, scale)
+        ctx.normalize = normalize
+        return product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):  # noqa: ANN001, ANN205
+        coordinates, splines, scale = ctx.saved_tensors
+        num_knots, rank = splines.shape[2:]
+        to_coordinates = torch.empty_like(coordinates)
+        to_splines = torch.zeros_like(splines)
+        to_scale = None if scale is None else torch.zeros_like(scale)
+        for head, rows in _blocks(coordinates, rank):
+            head_scale = None if scale is None else scale[head]
+            basis, distance, total = _block_basis(coordinates[head, rows].t(), num_knots, head_scale, ctx.normalize)
+            levels = _product_levels(torch.bmm(basis, splines[head]))
+            to_factors = _product_gradient(levels, gradient[head, rows].unsqueeze(0))  # (seed, tokens, rank)
+            to_splines[head].baddbmm_(basis.transpose(1, 2), to_factors)
+            to_basis = torch.bmm(to_factors, splines[head].transpose(1, 2))  # (seed, tokens, knots)
+            if ctx.normalize:  # through the division by the sum
+                to_basis -= (to_basis * basis).sum(-1, keepdim=True)
+                to_basis /= total
+            t = distance.abs() if scale is None else distance.abs() * head_scale.view(-1, 1, 1)
+            to_t = to_basis.mul_((0.5 - t).relu_().mul_(3.0).sub_(t.neg().add_(1.5).relu_()))
+            to_distance = (to_t * distance.sign()).sum(-1)  # (seed, tokens)
+            if scale is not None:
+                to_scale[head] += (to_t * distance.abs()).sum((-1, -2))
+                to_distance *= head_scale.unsqueeze(-1)
+            to_coordinates[head, rows] = to_distance.t() * (num_knots - 1)
+        return to_coordinates, to_splines, to_scale, None
