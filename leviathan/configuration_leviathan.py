@@ -1,0 +1,134 @@
+# Copyright 2026 The leviathan-sna authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of Leviathan."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from sna_core.embedding import digit_layout
+
+
+# trf-ignore: TRF057 -- the generated text names a released checkpoint, and there is none; the docstring is our own.
+@strict
+class LeviathanConfig(PreTrainedConfig):
+    r"""Sizes of a Leviathan: a LLaMA-style decoder over generated token embeddings.
+
+    Backbone fields carry transformers' names and meanings. The rest:
+
+    Args:
+        embedding_type: ``"separable"`` (generated from the digits of the id), ``"low_rank"`` (a factorised lookup) or
+            ``"lookup"`` (a table).
+        embedding_base, embedding_num_digits: Digits of an id; what is left None is completed so that the digits number
+            the vocabulary, and stored completed.
+        embedding_seed_dim, embedding_num_heads, embedding_num_knots, embedding_rank, embedding_variant,
+        embedding_low_digit, embedding_normalize_basis, embedding_trainable_knot_scale, embedding_sigmoid_divisor,
+        embedding_seed_bias, embedding_residual: Arguments of [`sna_core.SeparableEmbedding`] (`embedding_rank` also of
+            [`sna_core.LowRankEmbedding`]); None takes its default.
+        loss_chunk_size: Tokens for which logits exist at one time while the loss is computed. The output then carries
+            no logits beside a loss. None computes all logits and returns them.
+
+    Raises:
+        ValueError: If sizes do not divide each other or the digits cannot number the vocabulary.
+
+    ```python
+    >>> from leviathan import LeviathanConfig, LeviathanForCausalLM
+
+    >>> model = LeviathanForCausalLM(LeviathanConfig(vocab_size=65536, embedding_base=256))
+    ```
+    """
+
+    model_type = "leviathan"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 65536
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float | None = 0.0
+    mlp_bias: bool = False
+
+    embedding_type: Literal["separable", "low_rank", "lookup"] = "separable"
+    embedding_base: int | None = None
+    embedding_num_digits: int | None = None
+    embedding_seed_dim: int | None = None
+    embedding_num_heads: int | None = None
+    embedding_num_knots: int | None = None
+    embedding_rank: int | None = None
+    embedding_variant: Literal["lev", "v1"] | None = None
+    embedding_low_digit: Literal["plain", "reflected"] | None = None
+    embedding_normalize_basis: bool | None = None
+    embedding_trainable_knot_scale: bool | None = None
+    embedding_sigmoid_divisor: float | None = None
+    embedding_seed_bias: bool | None = None
+    embedding_residual: bool | None = None
+    loss_chunk_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.embedding_type == "separable":
+            self.embedding_base, self.embedding_num_digits = digit_layout(
+                self.vocab_size, self.embedding_base, self.embedding_num_digits
+            )
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Part of `@strict`-powered validation. Validates the architecture of the config."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "
+                f"{self.num_attention_heads}."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = "
+                f"{self.num_key_value_heads}."
+            )
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            raise ValueError(f"loss_chunk_size = {self.loss_chunk_size}; expected at least 1, or None for no chunks.")
+
+
+__all__ = ["LeviathanConfig"]

@@ -1,0 +1,414 @@
+# Copyright 2026 The leviathan-sna authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Leviathan: a Prefix-LM Transformer over generated token embeddings.
+
+The decoder layers are transformers' own LLaMA layers; what is ours is the embedding, the prefix mask and the loss.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from sna_core.embedding import LowRankEmbedding, SeparableEmbedding
+
+from .configuration_leviathan import LeviathanConfig
+
+
+def build_embedding(config: LeviathanConfig) -> nn.Module:
+    """The token embedding that ``config`` describes."""
+    # CODEPATH: "lookup" and "low_rank" are the dense and the factorised baseline; "separable" is Leviathan.
+    if config.embedding_type == "lookup":
+        return nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+    options = {
+        name.removeprefix("embedding_"): value
+        for name, value in vars(config).items()
+        if name.startswith("embedding_") and name != "embedding_type" and value is not None
+    }
+    # CODEPATH: the factorised baseline takes the rank alone.
+    if config.embedding_type == "low_rank":
+        options = {name: value for name, value in options.items() if name == "rank"}
+        return LowRankEmbedding(config.vocab_size, config.hidden_size, **options)
+    return SeparableEmbedding(config.vocab_size, config.hidden_size, **options)
+
+
+def prefix_token_types(
+    prefix_length: int | torch.Tensor,
+    num_tokens: int,
+    batch_size: int,
+    attention_mask: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Marks the first ``prefix_length`` tokens of each row that are not padding: (batch, num_tokens) of 1 and 0.
+
+    Raises:
+        ValueError: If ``prefix_length`` is neither an integer nor of shape (batch,), or negative.
+    """
+    if isinstance(prefix_length, int):
+        if prefix_length < 0:
+            raise ValueError(f"prefix_length = {prefix_length}; expected 0 or more tokens.")
+    elif tuple(prefix_length.shape) != (batch_size,):
+        raise ValueError(
+            f"prefix_length has shape {tuple(prefix_length.shape)}; expected an integer or one for each of the "
+            f"{batch_size} rows."
+        )
+    else:
+        prefix_length = prefix_length.to(device).unsqueeze(-1)
+    if attention_mask is None or attention_mask.dim() != 2:
+        place = torch.arange(1, num_tokens + 1, device=device).expand(batch_size, -1)
+        return (place <= prefix_length).long()
+    place = attention_mask.long().cumsum(-1)[:, :num_tokens]  # padding on the left holds no place
+    return ((place <= prefix_length) & attention_mask[:, :num_tokens].bool()).long()
+
+
+def prefix_blocks(token_type_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Numbers the runs of ``token_type_ids == 1`` in each row, and -1 elsewhere: (batch, tokens) -> (batch, tokens).
+
+    A run ends where ``position_ids`` restart as well, so that the prefixes of packed documents stay apart.
+    """
+    inside = token_type_ids == 1
+    starts = inside & ~F.pad(inside[:, :-1], (1, 0))
+    if position_ids is not None:
+        restarts = F.pad(position_ids[:, 1:] - position_ids[:, :-1] != 1, (1, 0), value=True)
+        starts = starts | (inside & restarts)
+    return torch.where(inside, starts.cumsum(-1) - 1, -1)
+
+
+@auto_docstring
+class LeviathanPreTrainedModel(PreTrainedModel):
+    """What the models share: initial values, resizing, what they support."""
+
+    config: LeviathanConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": LlamaAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (SeparableEmbedding, LowRankEmbedding)):
+            module.reset_parameters()
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Resizes the vocabulary, as in transformers; generated embeddings of the ids that remain do not change."""
+        embedding = self.get_input_embeddings()
+        if isinstance(embedding, nn.Embedding):
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return embedding
+        size = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        embedding.resize(size)
+        if (head := self.get_output_embeddings()) is not None:
+            self.set_output_embeddings(self._get_resized_lm_head(head, size, mean_resizing=mean_resizing))
+        self.config.vocab_size = size
+        if isinstance(embedding, SeparableEmbedding):
+            self.config.embedding_num_digits = embedding.num_digits
+        return embedding
+
+
+@auto_docstring
+class LeviathanModel(LeviathanPreTrainedModel):
+    """The decoder without a head: token ids (batch, tokens) to hidden states (batch, tokens, hidden_size)."""
+
+    def __init__(self, config: LeviathanConfig):
+        super().__init__(config)
+        self.embed_tokens = build_embedding(config)
+        self.layers = nn.ModuleList(
+            [LlamaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        prefix_length: int | torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""prefix_length (`int` or `torch.LongTensor` of shape `(batch,)`, *optional*):
+            Number of leading tokens, padding not counted, that attend to one another in both directions. The tokens
+            behind them attend to the prefix and causally among themselves; the prefix never attends to them. None, and
+            no `token_type_ids`, is causal attention.
+        token_type_ids (`torch.LongTensor` of shape `(batch, sequence_length)`, *optional*):
+            The same for each token: every run of 1 is a block that attends within itself in both directions, 0 is
+            causal. Packed documents (`position_ids` that restart) keep their prefixes apart. With a cache, a prefix
+            counts in the first forward pass alone.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if prefix_length is not None and token_type_ids is not None:
+            raise ValueError("Give one of prefix_length and token_type_ids, not both.")
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch_size, num_tokens = inputs_embeds.shape[:2]
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(num_tokens, device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        blocks = None
+        has_prefix = prefix_length is not None or token_type_ids is not None
+        if has_prefix and (past_key_values is None or not past_key_values.is_initialized):
+            if is_flash_attention_requested(self.config):
+                raise ValueError(
+                    f"attn_implementation = {self.config._attn_implementation!r} cannot mask a prefix: FlashAttention "
+                    "would silently attend causally. Load the model with attn_implementation='sdpa', 'eager' or "
+                    "'flex_attention', or leave out prefix_length and token_type_ids."
+                )
+            if token_type_ids is None:
+                token_type_ids = prefix_token_types(
+                    prefix_length, num_tokens, batch_size, attention_mask, inputs_embeds.device
+                )
+            blocks = prefix_blocks(token_type_ids, position_ids)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            block_sequence_ids=blocks,
+        )
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+def chunked_cross_entropy(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Next-token cross entropy in nats that holds the logits of `chunk_size` tokens at one time, forward and backward.
+
+    Args:
+        logits_of: Maps hidden states (tokens, hidden) to logits (tokens, vocabulary); called again in backward.
+        hidden_states: (batch, tokens, hidden), aligned with `labels`: what stands here predicts the label.
+        labels: (batch, tokens), -100 where there is nothing to learn; those tokens cost nothing.
+        chunk_size: Tokens a chunk.
+        num_items_in_batch: Divisor of the summed loss; the number of labels when None.
+    """
+    wanted = labels != -100
+    hidden_states, labels = hidden_states[wanted], labels[wanted]
+
+    def summed(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits_of(hidden).float(), target, reduction="sum")
+
+    loss = hidden_states.new_zeros((), dtype=torch.float32)
+    for hidden, target in zip(hidden_states.split(chunk_size), labels.split(chunk_size), strict=True):
+        loss = loss + checkpoint(summed, hidden, target, use_reentrant=False)
+    return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+
+@auto_docstring
+class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head: causal, or Prefix-LM where a prefix is given."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: LeviathanConfig):
+        super().__init__(config)
+        self.model = LeviathanModel(config)
+        # CODEPATH: tied baselines and tied generated embeddings; the published Leviathan is untied.
+        if config.tie_word_embeddings and config.embedding_type != "lookup":
+            # There is no stored table to share: the head is the generated one.
+            self.lm_head = None
+            self._tied_weights_keys = None
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        self.post_init()
+
+    def output_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The map from hidden states to logits; a tied generated table is generated once for all its uses."""
+        if self.lm_head is not None:
+            return self.lm_head
+        # Through the module's forward, where sharded parameters are gathered.
+        table = self.model.embed_tokens(torch.arange(self.config.vocab_size, device=self.device))
+        return lambda hidden_states: F.linear(hidden_states, table)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        prefix_length: int | torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""prefix_length (`int` or `torch.LongTensor` of shape `(batch,)`, *optional*):
+            Number of leading tokens, padding not counted, that attend to one another in both directions; see
+            [`LeviathanModel`].
+        token_type_ids (`torch.LongTensor` of shape `(batch, sequence_length)`, *optional*):
+            The same for each token: 1 in a prefix, 0 elsewhere.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            prefix_length=prefix_length,
+            token_type_ids=token_type_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        head = self.output_head()
+
+        loss, logits = None, None
+        # CODEPATH: runs with large vocabularies train by chunks (turbulence_64.yaml), the others with all logits.
+        if labels is not None and self.config.loss_chunk_size is not None:
+            shifted = kwargs.get("shift_labels")
+            shifted = F.pad(labels, (0, 1), value=-100)[..., 1:] if shifted is None else shifted
+            loss = chunked_cross_entropy(
+                head, hidden_states, shifted, self.config.loss_chunk_size, kwargs.get("num_items_in_batch")
+            )
+        else:
+            # slice_logits_to_keep of transformers 5.23, which 5.17 has not
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = head(hidden_states[:, keep])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        *args: Any,
+        attention_mask: torch.Tensor | None = None,
+        prefix_length: int | torch.LongTensor | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """As in transformers; `prefix_length` becomes `token_type_ids`, which masks for static caches are made from."""
+        if prefix_length is not None:
+            kwargs["token_type_ids"] = prefix_token_types(
+                prefix_length, input_ids.shape[1], input_ids.shape[0], attention_mask, input_ids.device
+            )
+        return super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, num_new_tokens: int = 1, **kwargs
+    ) -> dict[str, Any]:
+        # transformers repeats the last token type, which would draw generated tokens into an all-prefix prompt.
+        token_type_ids = model_kwargs.pop("token_type_ids", None)
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
+        )
+        if token_type_ids is not None:
+            model_kwargs["token_type_ids"] = F.pad(token_type_ids, (0, num_new_tokens))
+        return model_kwargs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: LeviathanConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.LongTensor | None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> Any:
+        """Masks for caches of fixed size, prefix included."""
+        blocks = None
+        if token_type_ids is not None and kwargs.get("is_first_iteration"):
+            blocks = prefix_blocks(token_type_ids, position_ids)
+        return create_masks_for_generate(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            block_sequence_ids=blocks,
+        )
+
+
+__all__ = ["LeviathanForCausalLM", "LeviathanModel", "LeviathanPreTrainedModel"]

@@ -1,0 +1,423 @@
+"""The contract of a transformers model, and of a Prefix-LM, on tiny random Leviathans."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+
+from leviathan import LeviathanConfig, LeviathanForCausalLM, LeviathanModel
+from leviathan.modeling_leviathan import chunked_cross_entropy, prefix_blocks
+
+VOCAB, PREFIX, TARGET = 48, 5, 4
+
+
+def tiny(attn_implementation=None, **options) -> LeviathanForCausalLM:
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "embedding_base": 7,
+        "embedding_seed_dim": 8,
+        "embedding_num_heads": 2,
+        "embedding_num_knots": 5,
+        "embedding_rank": 4,
+        "initializer_range": 0.2,  # large enough for attention to matter
+    }
+    torch.manual_seed(0)
+    config = LeviathanConfig(**(sizes | options))
+    if attn_implementation:
+        config._attn_implementation = attn_implementation
+    return LeviathanForCausalLM(config).eval()
+
+
+def tokens(batch=2, length=PREFIX + TARGET):
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+KINDS = {
+    "separable": {},
+    "separable-tied": {"tie_word_embeddings": True},
+    "lookup": {"embedding_type": "lookup"},
+    "lookup-tied": {"embedding_type": "lookup", "tie_word_embeddings": True},
+    "low_rank": {"embedding_type": "low_rank"},
+    "low_rank-tied": {"embedding_type": "low_rank", "tie_word_embeddings": True},
+    "grouped-query": {"num_key_value_heads": 2},
+    "v1-reflected": {"embedding_variant": "v1", "embedding_low_digit": "reflected"},
+}
+kinds = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
+# Flex attention on a CPU has no backward: what runs it runs without gradients.
+attentions = pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+
+
+@attentions
+@torch.no_grad()
+def test_no_future_token_moves_a_prediction(attention):
+    model, ids = tiny(attention), tokens(1)
+    base = model(ids, prefix_length=PREFIX).logits
+    for i in range(TARGET):
+        changed = ids.clone()
+        changed[0, PREFIX + i :] = (changed[0, PREFIX + i :] + 1) % VOCAB
+        logits = model(changed, prefix_length=PREFIX).logits
+        # The prediction of target token i stands at the token before it; the prefix sees no target token at all.
+        assert torch.equal(logits[:, : PREFIX + i], base[:, : PREFIX + i])
+        assert not torch.allclose(logits[:, PREFIX + i], base[:, PREFIX + i])
+
+
+@attentions
+@torch.no_grad()
+def test_the_prefix_attends_in_both_directions(attention):
+    model, ids = tiny(attention), tokens(1)
+    changed = ids.clone()
+    changed[0, PREFIX - 1] = (changed[0, PREFIX - 1] + 1) % VOCAB
+    first = [model(x, prefix_length=PREFIX).logits[:, 0] for x in (ids, changed)]
+    assert not torch.allclose(*first)
+    causal = [model(x).logits[:, 0] for x in (ids, changed)]
+    assert torch.equal(*causal)
+
+
+@torch.no_grad()
+def test_attention_implementations_agree():
+    ids = tokens()
+    reference = tiny("eager")(ids, prefix_length=PREFIX).logits
+    for attention in ("sdpa", "flex_attention"):
+        torch.testing.assert_close(tiny(attention)(ids, prefix_length=PREFIX).logits, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_prefix_length_and_token_types_mean_the_same():
+    model, ids = tiny(), tokens()
+    types = torch.zeros_like(ids)
+    types[:, :PREFIX] = 1
+    by_length = model(ids, prefix_length=PREFIX).logits
+    torch.testing.assert_close(model(ids, token_type_ids=types).logits, by_length)
+    torch.testing.assert_close(model(ids, prefix_length=torch.tensor([PREFIX, PREFIX])).logits, by_length)
+    mixed = model(ids, prefix_length=torch.tensor([PREFIX, 0])).logits
+    torch.testing.assert_close(mixed[0], by_length[0])
+    torch.testing.assert_close(mixed[1], model(ids).logits[1])
+    assert not torch.allclose(by_length, model(ids).logits)
+
+
+def test_each_run_of_a_prefix_is_a_block_of_its_own():
+    types = torch.tensor([[1, 1, 0, 1, 1, 1]])
+    assert prefix_blocks(types).tolist() == [[0, 0, -1, 1, 1, 1]]
+    assert prefix_blocks(types, torch.tensor([[0, 1, 2, 3, 0, 1]])).tolist() == [[0, 0, -1, 1, 2, 2]]
+
+
+@kinds
+@pytest.mark.parametrize("prefix", [None, PREFIX])
+def test_cached_equals_full_forward(options, prefix):
+    model, ids = tiny(**options), tokens()
+    full = model(ids, prefix_length=prefix).logits
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
+        out = model(ids[:, :PREFIX], prefix_length=prefix, past_key_values=cache, use_cache=True)
+        logits = [out.logits]
+        for i in range(PREFIX, PREFIX + TARGET):
+            logits.append(model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+        torch.testing.assert_close(torch.cat(logits, 1), full, rtol=1e-4, atol=1e-5)
+
+
+@attentions
+@pytest.mark.parametrize("prefix", [None, PREFIX])
+@torch.no_grad()
+def test_left_padding_changes_nothing(attention, prefix):
+    model, ids = tiny(attention), tokens()
+    padded = F.pad(ids, (3, 0))
+    mask = F.pad(torch.ones_like(ids), (3, 0))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = model(padded, attention_mask=mask, position_ids=positions, prefix_length=prefix).logits[:, 3:]
+    torch.testing.assert_close(out, model(ids, prefix_length=prefix).logits, rtol=1e-4, atol=1e-5)
+
+
+@attentions
+@pytest.mark.parametrize("with_prefix", [False, True])
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(attention, with_prefix):
+    model = tiny(attention)
+    documents = [tokens(1, 5), tokens(1, 7), tokens(1, 4)]
+    packed = torch.cat(documents, 1)
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents]).unsqueeze(0)
+    types = torch.cat([(torch.arange(d.shape[1]) < 3).long() for d in documents]).unsqueeze(0)
+    out = model(packed, position_ids=positions, token_type_ids=types if with_prefix else None, use_cache=False).logits
+    alone = [model(d, prefix_length=3 if with_prefix else None).logits for d in documents]
+    torch.testing.assert_close(out, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_documents_that_are_all_prefix_stay_apart():
+    model, documents = tiny(), [tokens(1, 4), tokens(1, 6)]
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents]).unsqueeze(0)
+    packed = torch.cat(documents, 1)
+    out = model(packed, position_ids=positions, token_type_ids=torch.ones_like(packed), use_cache=False).logits
+    alone = [model(d, prefix_length=d.shape[1]).logits for d in documents]
+    torch.testing.assert_close(out, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
+
+
+def by_hand(model, ids, steps, choose, prefix=None):
+    """The plain loop: the whole sequence again for every token."""
+    for step in range(steps):
+        scores = model(ids, prefix_length=prefix, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, choose(scores, step).unsqueeze(-1)], -1)
+    return ids
+
+
+@kinds
+@pytest.mark.parametrize("prefix", [None, PREFIX])
+@pytest.mark.parametrize("cache", ["dynamic", "static", None])
+def test_greedy_generation_equals_the_hand_loop(options, prefix, cache):
+    model, ids = tiny(**options), tokens(2, PREFIX)
+    expected = by_hand(model, ids, TARGET, lambda s, _: s.argmax(-1), prefix)
+    modes = (
+        {"use_cache": True, "cache_implementation": cache} if cache == "static" else {"use_cache": cache is not None}
+    )
+    arguments = {"max_new_tokens": TARGET, "do_sample": False, "attention_mask": torch.ones_like(ids), **modes}
+    if prefix is not None:
+        arguments["prefix_length"] = prefix
+    assert torch.equal(model.generate(ids, **arguments), expected)
+    if prefix is not None:
+        del arguments["prefix_length"]
+        arguments["token_type_ids"] = torch.ones_like(ids)
+        assert torch.equal(model.generate(ids, **arguments), expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_sampled_generation_equals_the_hand_loop(use_cache):
+    model, ids = tiny(), tokens(2, PREFIX)
+    options = {"max_new_tokens": TARGET, "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 0.7}
+    torch.manual_seed(5)
+    sampled = model.generate(
+        ids, attention_mask=torch.ones_like(ids), prefix_length=PREFIX, use_cache=use_cache, **options
+    )
+    torch.manual_seed(5)
+    expected = by_hand(model, ids, TARGET, lambda s, _: torch.multinomial((s / 0.7).softmax(-1), 1).squeeze(-1), PREFIX)
+    assert torch.equal(sampled, expected)
+
+
+def test_left_padded_batch_generates_as_its_rows_alone():
+    model, short, long = tiny(), tokens(1, 3), tokens(1, 6)
+    batch = torch.cat([F.pad(short, (3, 0)), long])
+    mask = torch.cat([F.pad(torch.ones_like(short), (3, 0)), torch.ones_like(long)])
+    lengths = torch.tensor([3, 6])
+    for cache in ({"use_cache": True}, {"use_cache": False}, {"cache_implementation": "static"}):
+        out = model.generate(
+            batch,
+            attention_mask=mask,
+            prefix_length=lengths,
+            max_new_tokens=4,
+            do_sample=False,
+            pad_token_id=0,
+            **cache,
+        )
+        for row, alone in enumerate((short, long)):
+            expected = by_hand(model, alone, 4, lambda s, _: s.argmax(-1), alone.shape[1])
+            assert torch.equal(out[row, -4:], expected[0, -4:])
+
+
+def test_beam_search_equals_its_best_of_all_continuations():
+    model, ids = tiny(), tokens(1, PREFIX)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        prefix_length=PREFIX,
+        num_beams=VOCAB,
+        max_new_tokens=2,
+        do_sample=False,
+    )
+    first = model(ids, prefix_length=PREFIX).logits[:, -1].log_softmax(-1)
+    every = torch.cat([ids.expand(VOCAB, -1), torch.arange(VOCAB).unsqueeze(-1)], -1)
+    second = model(every, prefix_length=PREFIX).logits[:, -1].log_softmax(-1)
+    best = (first.T + second).flatten().argmax()
+    assert out[0, -2:].tolist() == [int(best) // VOCAB, int(best) % VOCAB]
+
+
+@kinds
+def test_save_and_auto_load_give_the_same_outputs(options, tmp_path):
+    model, ids = tiny(**options), tokens()
+    model.save_pretrained(tmp_path)
+    assert [f.name for f in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    assert not list(tmp_path.glob("*.bin"))
+    expected = model(ids, prefix_length=PREFIX).logits
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert isinstance(loaded, LeviathanForCausalLM)
+    torch.testing.assert_close(loaded(ids, prefix_length=PREFIX).logits, expected, rtol=0, atol=0)
+    backbone = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(backbone, LeviathanModel)
+    torch.testing.assert_close(
+        backbone(ids, prefix_length=PREFIX).last_hidden_state, model.model(ids, prefix_length=PREFIX).last_hidden_state
+    )
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.to_diff_dict() == model.config.to_diff_dict()
+
+
+@kinds
+def test_meta_device_loading(options, tmp_path):
+    model = tiny(**options)
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = LeviathanForCausalLM(copy.deepcopy(model.config))
+    assert all(p.is_meta for p in empty.parameters())
+    loaded = LeviathanForCausalLM.from_pretrained(tmp_path)  # goes through the meta device
+    assert not any(t.is_meta for t in [*loaded.parameters(), *loaded.buffers()])
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_initial_values_survive_post_init():
+    splines = tiny(embedding_seed_dim=32, embedding_rank=16).model.embed_tokens.splines
+    assert splines.mean().item() == pytest.approx(1.0, abs=0.01)
+    assert splines.std().item() == pytest.approx(0.1, rel=0.1)
+
+
+@kinds
+def test_bfloat16_is_close(options):
+    model, ids = tiny(**options), tokens()
+    exact = model(ids, prefix_length=PREFIX).logits
+    low = model.to(torch.bfloat16)(ids, prefix_length=PREFIX).logits
+    assert low.dtype == torch.bfloat16
+    assert (low.float() - exact).norm() / exact.norm() < 0.1
+
+
+@kinds
+def test_compiled_equals_eager(options):
+    model, ids = tiny(**options), tokens()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    out = compiled(ids, prefix_length=PREFIX, use_cache=False).logits
+    torch.testing.assert_close(out, model(ids, prefix_length=PREFIX).logits, rtol=1e-4, atol=1e-4)
+
+
+@kinds
+def test_gradient_checkpointing_changes_no_gradient(options):
+    model, ids = tiny(**options).train(), tokens()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.zero_grad()
+        model(ids, prefix_length=PREFIX, labels=ids).loss.backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+@kinds
+def test_chunked_loss_equals_the_dense_one(options):
+    dense, chunked = tiny(**options), tiny(**options, loss_chunk_size=3)
+    ids = tokens()
+    labels = ids.clone()
+    labels[:, :PREFIX] = -100
+    out = chunked(ids, prefix_length=PREFIX, labels=labels)
+    assert out.logits is None
+    assert chunked(ids, prefix_length=PREFIX).logits is not None
+    expected = dense(ids, prefix_length=PREFIX, labels=labels).loss
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(
+        chunked(ids, prefix_length=PREFIX, labels=labels, num_items_in_batch=torch.tensor(11)).loss,
+        dense(ids, prefix_length=PREFIX, labels=labels, num_items_in_batch=torch.tensor(11)).loss,
+    )
+    out.loss.backward()
+    expected.backward()
+    for (name, a), b in zip(chunked.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_chunked_loss_never_holds_all_logits():
+    seen = []
+
+    def logits_of(hidden):
+        seen.append(hidden.shape[0])
+        return hidden @ torch.ones(4, 100)
+
+    hidden = torch.randn(2, 50, 4, requires_grad=True)
+    chunked_cross_entropy(logits_of, hidden, torch.zeros(2, 50, dtype=torch.long), 8).backward()
+    assert max(seen) == 8
+    assert sum(seen) == 200  # every token once forward and once again in backward
+
+
+@kinds
+@pytest.mark.parametrize("size", [40, 60, 400])
+def test_resize_token_embeddings(options, size, tmp_path):
+    model, ids = tiny(**options), tokens() % 40
+    before = model(ids, prefix_length=PREFIX).logits
+    model.resize_token_embeddings(size)
+    after = model(ids, prefix_length=PREFIX).logits
+    assert after.shape[-1] == size
+    assert model.config.vocab_size == size
+    kept = min(size, VOCAB)
+    torch.testing.assert_close(after[..., :kept], before[..., :kept], rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(ids, prefix_length=PREFIX).logits, after)
+
+
+@kinds
+def test_embedding_weight_is_the_table(options):
+    model, ids = tiny(**options), tokens()
+    embedding = model.get_input_embeddings()
+    assert embedding.weight.shape == (VOCAB, 32)
+    torch.testing.assert_close(F.embedding(ids, embedding.weight), embedding(ids))
+
+
+def test_hidden_states_and_attentions_are_recorded():
+    model = tiny("eager")
+    out = model(tokens(), prefix_length=PREFIX, output_hidden_states=True, output_attentions=True)
+    assert len(out.hidden_states) == 3
+    assert len(out.attentions) == 2
+    attention = out.attentions[0]
+    assert (attention[:, :, :PREFIX, PREFIX:] == 0).all()
+    assert (attention[:, :, :PREFIX, :PREFIX] > 0).all()
+
+
+def test_logits_to_keep():
+    model, ids = tiny(), tokens()
+    full = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, full[:, -2:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([1, 3])).logits, full[:, [1, 3]])
+
+
+def test_flash_attention_refuses_a_prefix():
+    model = tiny()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="cannot mask a prefix"):
+        model(tokens(), prefix_length=PREFIX)
+
+
+def test_config_is_typed_and_complete(tmp_path):
+    config = LeviathanConfig(vocab_size=65_536)
+    assert (config.embedding_base, config.embedding_num_digits) == (256, 2)
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["model_type"] == "leviathan"
+    assert stored["embedding_base"] == 256
+    assert LeviathanConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size = 30 is not a multiple"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"embedding_base": 10, "embedding_num_digits": 2}, "number 100 ids"),
+        ({"loss_chunk_size": 0}, "loss_chunk_size = 0"),
+        ({"embedding_type": "table"}, "embedding_type"),
+        ({"hidden_size": "512"}, "hidden_size"),
+    ],
+)
+def test_bad_config(options, message):
+    with pytest.raises(Exception, match=message):
+        LeviathanConfig(vocab_size=65_536, **options)
+
+
+def test_bad_input():
+    model, ids = tiny(), tokens()
+    with pytest.raises(ValueError, match="exactly one"):
+        model()
+    with pytest.raises(ValueError, match="one of prefix_length and token_type_ids"):
+        model(ids, prefix_length=3, token_type_ids=torch.ones_like(ids))
+    with pytest.raises(ValueError, match="prefix_length = -1"):
+        model(ids, prefix_length=-1)
+    with pytest.raises(ValueError, match=r"shape \(3,\); expected an integer or one for each of the 2 rows"):
+        model(ids, prefix_length=torch.tensor([1, 2, 3]))
