@@ -1,0 +1,1 @@
+"""Jobs run as modules from a checkout (`python -m training.<job>`): data, training; never installed."""

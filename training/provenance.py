@@ -1,0 +1,91 @@
+"""Where a result comes from: command, commit, versions, hardware."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+PACKAGES = ("leviathan-sna", "torch", "transformers", "accelerate", "datasets", "numpy")
+
+
+def provenance(seed: int | list[int] | None = None) -> dict[str, Any]:
+    """Command, git commit (and whether files differ from it), versions, hardware, date (UTC) and seed, for JSON.
+
+    Paths are relative to the working directory, so that a result does not tell of the machine it was made on.
+    """
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(root), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except FileNotFoundError:  # no git on this machine
+        commit = changes = None
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": command(),
+        "commit": commit,
+        "changed_since_commit": bool(changes) if commit else None,
+        "versions": versions,
+        "hardware": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+    }
+
+
+def command() -> str:
+    """The command of this process as it can be typed again in the same working directory."""
+    spec = sys.modules["__main__"].__spec__  # set for `python -m package.module`
+    program = ["-m", spec.name] if spec is not None else [relative(sys.argv[0])]
+    return shlex.join(["python", *program, *map(relative, sys.argv[1:])])
+
+
+def relative(argument: str | Path) -> str:
+    """A path relative to the working directory, also behind `--flag=`; anything else unchanged."""
+    flag, equals, value = str(argument).rpartition("=")
+    return flag + equals + (os.path.relpath(value) if Path(value).is_absolute() else value)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes JSON whole or not at all; NaN and infinity, which JSON does not know, are refused.
+
+    Raises:
+        ValueError: If a number is not finite.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)

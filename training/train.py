@@ -1,0 +1,371 @@
+"""Trains a Leviathan on the next state of flow fields.
+
+    accelerate launch -m training.train --config training/configs/turbulence_tiny_cpu.yaml [--training.max_steps 100]
+
+A config has four sections: `data` (DataSettings below), `tokenizer` (leviathan.FieldTokenizer), `model`
+(leviathan.LeviathanConfig) and `training` (transformers.TrainingArguments and what TrainingSettings adds). The loop,
+mixed precision, accumulation, checkpoints, resume and trackers are transformers' Trainer's.
+"""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch.utils.data import Dataset, SequentialSampler, Subset
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from leviathan import FieldTokenizer, LeviathanConfig, LeviathanForCausalLM
+from training.fields import FieldFile, PatchPairs, sample_snapshots, split_trajectories
+from training.provenance import provenance, write_json
+from training.settings import Settings, parse_arguments
+
+EVALUATION_CHUNK = 4096  # tokens whose logits exist at one time during evaluation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The `data` section.
+
+    Attributes:
+        path: HDF5 file of trajectories in PDEBench's layout.
+        fractions: Shares of the trajectories for training, validation and test.
+        split_seed: Seed of that split.
+        offsets: Training patches on a `"grid"` or at `"random"` periodic offsets; see `training.fields.PatchPairs`.
+        symmetries: Turn and reflect training patches (random offsets only).
+        stride: Snapshots from a state to the next.
+        num_fit_snapshots: Training snapshots from which the quantiser's range is taken.
+        num_validation_items: Validation pairs, drawn once from all of them.
+    """
+
+    path: str
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    split_seed: int = 0
+    offsets: Literal["grid", "random"] = "grid"
+    symmetries: bool = False
+    stride: int = 1
+    num_fit_snapshots: int = 1024
+    num_validation_items: int = 512
+
+
+@dataclasses.dataclass
+class TrainingSettings(TrainingArguments):
+    """The `training` section: transformers' arguments and the following.
+
+    Attributes:
+        embedding_learning_rate: Peak learning rate of the embedding's parameters; None is `learning_rate`. They are
+            never decayed: the splines live near one, and pulled to zero their product vanishes.
+    """
+
+    embedding_learning_rate: float | None = None
+
+
+def allowed_keys() -> dict[str, list[str]]:
+    """The keys of each section of a config."""
+    derived = {"vocab_size", "max_position_embeddings", "embedding_base", "embedding_num_digits"}  # by the tokenizer
+    config = [f.name for f in dataclasses.fields(LeviathanConfig) if f.name not in derived]
+    tokenizer = [name for name, p in inspect.signature(FieldTokenizer).parameters.items() if p.kind != p.VAR_KEYWORD]
+    return {
+        "data": [f.name for f in dataclasses.fields(DataSettings)],
+        "tokenizer": tokenizer,
+        "model": config,
+        "training": [f.name for f in dataclasses.fields(TrainingSettings) if f.init],
+    }
+
+
+class FieldTrainer(Trainer):
+    """transformers' Trainer with a learning rate for the embedding and metrics of fields in evaluation."""
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the embedding's parameters in a group of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        embedding = {id(p) for p in model.get_input_embeddings().parameters()}
+        decayed = set(self.get_decay_parameter_names(model))
+        own_rate = self.args.embedding_learning_rate
+        groups = {
+            "decayed": {"weight_decay": self.args.weight_decay},
+            "plain": {"weight_decay": 0.0},
+            "embedding": {"weight_decay": 0.0, "lr": self.args.learning_rate if own_rate is None else own_rate},
+        }
+        for group in groups.values():
+            group["params"] = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                kind = "embedding" if id(parameter) in embedding else "decayed" if name in decayed else "plain"
+                groups[kind]["params"].append(parameter)
+        optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = optimizer([group for group in groups.values() if group["params"]], **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if getattr(dataset, "offsets", None) == "random":  # item i is random already
+            return SequentialSampler(dataset)
+        return super()._get_train_sampler(train_dataset)
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # noqa: ANN001, ANN201
+        """Loss, expected ids, labels: by chunks, since all logits of a batch may not fit into memory."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"][:, 1:]
+        unwrapped = self.accelerator.unwrap_model(model)
+        with self.compute_loss_context_manager():
+            hidden = unwrapped.model(
+                input_ids=inputs["input_ids"], token_type_ids=inputs["token_type_ids"], use_cache=False
+            ).last_hidden_state[:, :-1]
+            wanted = labels != -100
+            target = labels[wanted]
+            head = unwrapped.output_head()
+            losses, expected = [], []
+            for chunk, truth in zip(
+                hidden[wanted].split(EVALUATION_CHUNK), target.split(EVALUATION_CHUNK), strict=True
+            ):
+                logits = head(chunk).float()
+                losses.append(F.cross_entropy(logits, truth, reduction="sum"))
+                ids = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float64)
+                expected.append(logits.softmax(-1, dtype=torch.float64) @ ids)
+        loss = torch.stack(losses).sum() / target.numel()
+        shape = (labels.shape[0], -1)
+        return loss, torch.cat(expected).view(shape), target.view(shape)
+
+
+class JsonLog(TrainerCallback):
+    """Appends every log entry to `log.jsonl`; after a resume, entries beyond the checkpoint are dropped first."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:  # noqa: ANN001
+        """Keeps the entries up to the step from which training goes on."""
+        if state.is_world_process_zero:
+            kept = [row for row in self.rows() if row["step"] <= state.global_step] if state.global_step else []
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: ANN001
+        """Writes one entry."""
+        if state.is_world_process_zero and logs:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All entries, in order."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+
+def marginal_entropy(ids: np.ndarray) -> float:
+    """Entropy in nats of the distribution of ``ids``: the least loss of a model that looks at nothing."""
+    counts = np.unique(ids, return_counts=True)[1]
+    share = counts / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def reference_scores(validation: Dataset, tokenizer: FieldTokenizer) -> dict[str, float]:
+    """What the validation loss and nRMSE are to be held against: marginal entropy (nats) and persistence's nRMSE."""
+    half = tokenizer.tokens_per_patch
+    pairs = torch.stack([validation[i]["input_ids"] for i in range(len(validation))])
+    before, after = pairs[:, :half].numpy(), pairs[:, half:].numpy()
+    return {
+        "marginal_entropy": marginal_entropy(after),
+        "persistence_nrmse": nrmse(before, after, tokenizer),
+    }
+
+
+def nrmse(predicted: np.ndarray, true: np.ndarray, tokenizer: FieldTokenizer) -> float:
+    """Root mean square error of ids (which need not be whole), in physical units over the truth's root mean square."""
+    value = tokenizer.low + (true + 0.5) * tokenizer.level
+    return float(np.sqrt(np.mean(((predicted - true) * tokenizer.level) ** 2) / np.mean(value**2)))
+
+
+def describe(model: LeviathanForCausalLM, args: TrainingArguments, tokens_per_item: int) -> dict[str, Any]:
+    """Parameter counts, tokens and an estimate of the memory of training."""
+    embedding = sum(p.numel() for p in model.get_input_embeddings().parameters())
+    total = sum(p.numel() for p in model.parameters())  # shared tensors count once
+    head = 0 if model.config.tie_word_embeddings else model.lm_head.weight.numel()
+    items = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    config = model.config
+    # Kept for backward a token and layer: about 8 vectors of the hidden size, 3 of the MLP's, and the attention's
+    # inputs; the logits of a chunk, their gradient and their float32 copy.
+    token = config.num_hidden_layers * (10 * config.hidden_size + 3 * config.intermediate_size) * 4
+    batch_tokens = args.train_batch_size * tokens_per_item
+    logits = min(batch_tokens, config.loss_chunk_size or batch_tokens) * config.vocab_size * 4 * 3
+    return {
+        "num_parameters": total,
+        "embedding_parameters": embedding,
+        "head_parameters": head,
+        "backbone_parameters": total - embedding - head,
+        "tokens_per_step": items * tokens_per_item,
+        "total_tokens": items * tokens_per_item * max(args.max_steps, 0),
+        "tokens_per_parameter": items * tokens_per_item * max(args.max_steps, 0) / total,
+        "estimated_gib": (16 * total + batch_tokens * token + logits) / 2**30,
+    }
+
+
+def build(settings: Settings) -> dict[str, Any]:
+    """Everything that the settings describe: arguments, tokenizer, datasets, model."""
+    data = DataSettings(**settings["data"])
+    args = TrainingSettings(**{"remove_unused_columns": False, "report_to": "none"} | settings["training"])
+    if args.max_steps < 1:
+        raise ValueError(f"training.max_steps = {args.max_steps}; give the number of optimizer steps.")
+    set_seed(args.seed)
+    fields = FieldFile(data.path)
+    split = split_trajectories(fields.num_trajectories, tuple(data.fractions), data.split_seed)
+    tokenizer = FieldTokenizer(**settings["tokenizer"])
+    if tokenizer.low is None:
+        tokenizer.fit(
+            sample_snapshots(
+                fields, split.train, data.num_fit_snapshots, seed=data.split_seed, mirrored=data.symmetries
+            )
+        )
+    options: dict[str, Any] = {"offsets": data.offsets, "stride": data.stride, "seed": args.seed}
+    if data.offsets == "random":
+        items = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+        options |= {"num_items": items, "symmetries": data.symmetries}
+    train = PatchPairs(fields, split.train, tokenizer, **options)
+    pairs = PatchPairs(fields, split.validation, tokenizer, stride=data.stride)
+    chosen = np.random.default_rng(data.split_seed).permutation(len(pairs))[: data.num_validation_items]
+    config = LeviathanConfig(
+        vocab_size=tokenizer.vocab_size,
+        max_position_embeddings=2 * tokenizer.tokens_per_patch,
+        **(
+            {"embedding_base": tokenizer.base} if settings["model"].get("embedding_type") in (None, "separable") else {}
+        ),
+        **settings["model"],
+    )
+    return {
+        "args": args,
+        "data": data,
+        "fields": fields,
+        "tokenizer": tokenizer,
+        "train": train,
+        "validation": Subset(pairs, np.sort(chosen).tolist()),
+        "model": LeviathanForCausalLM(config),
+    }
+
+
+def check_resume(output: Path, settings: Settings, resume: bool) -> str | None:
+    """The checkpoint to go on from, if any.
+
+    Raises:
+        ValueError: If the folder holds a run that must not be overwritten, or one with other settings.
+    """
+    record = output / "settings.yaml"
+    if not record.exists():
+        return None
+    if not resume:
+        raise ValueError(
+            f"{output} holds a run already; go on with --training.resume_from_checkpoint true, or choose another "
+            "--training.output_dir."
+        )
+    before = yaml.safe_load(record.read_text())
+    differ = [
+        f"{section}.{key}"
+        for section in settings
+        for key in settings[section].keys() | before[section].keys()
+        if settings[section].get(key) != before[section].get(key)
+    ]
+    if differ:
+        raise ValueError(
+            f"{output} was trained with other settings ({', '.join(sorted(differ))}); restore them, delete the folder "
+            "or choose another --training.output_dir."
+        )
+    return get_last_checkpoint(str(output))
+
+
+def finish(trainer: FieldTrainer, parts: dict[str, Any], report: dict[str, Any], log: JsonLog) -> dict[str, Any]:
+    """Saves model, tokenizer and `training.json`; returns what the latter holds."""
+    args, data = parts["args"], parts["data"]
+    trainer.save_model(args.output_dir)
+    parts["tokenizer"].save_pretrained(args.output_dir)
+    rows = log.rows()
+    validation = [
+        {"step": row["step"], **{k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}}
+        for row in rows
+        if "eval_loss" in row
+    ]
+    # A run that was interrupted has one such row for each part.
+    seconds = sum(row["train_runtime"] for row in rows if "train_runtime" in row)
+    report |= {
+        "data": data.path,
+        "dt_save": parts["fields"].dt_save * data.stride,
+        "stride": data.stride,
+        "split": {"fractions": list(data.fractions), "seed": data.split_seed},
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "tokens_per_second": trainer.state.global_step * report["tokens_per_step"] / seconds if seconds else None,
+        "validation": validation,
+        "seed": args.seed,
+        "embedding_type": parts["model"].config.embedding_type,
+        "provenance": provenance(),
+    }
+    if trainer.is_world_process_zero():
+        write_json(Path(args.output_dir) / "training.json", report)
+    return report
+
+
+def run(settings: Settings, dry_run: bool = False) -> dict[str, Any]:
+    """Trains as the settings say, saves model, tokenizer and `training.json`, and returns what the latter holds.
+
+    Raises:
+        ValueError: On settings that do not fit each other or the data, or a folder that must not be overwritten.
+        OSError: If the data cannot be read.
+    """
+    # YAML gives a truth value where TrainingArguments expects a path.
+    resume = str(settings["training"].pop("resume_from_checkpoint", False)).lower() == "true"
+    parts = build(settings)
+    args, model, tokenizer = parts["args"], parts["model"], parts["tokenizer"]
+    report = describe(model, args, 2 * tokenizer.tokens_per_patch)
+    if dry_run:
+        for name, value in report.items():
+            print(f"{name:>24} {value:,.2f}" if isinstance(value, float) else f"{name:>24} {value:,}")
+        return report
+    output = Path(args.output_dir)
+    checkpoint = check_resume(output, settings, resume)
+    if checkpoint is not None and (output / "training.json").exists():
+        print(f"{output}: trained already; delete the folder to train again")
+        return json.loads((output / "training.json").read_text())
+    log = JsonLog(output / "log.jsonl")
+    trainer = FieldTrainer(
+        model=model,
+        args=args,
+        train_dataset=parts["train"],
+        eval_dataset=parts["validation"],
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        compute_metrics=lambda p: {"nrmse": nrmse(p.predictions, p.label_ids, tokenizer)},
+        callbacks=[log],
+    )
+    trainer.accelerator.wait_for_everyone()  # all have looked at the folder before one writes to it
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "settings.yaml").write_text(yaml.safe_dump(settings))
+    report |= reference_scores(parts["validation"], tokenizer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return finish(trainer, parts, report, log)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    known, settings = parse_arguments(__doc__.splitlines()[0], allowed_keys(), arguments)
+    try:
+        run(settings, dry_run=known.dry_run)
+    except (ValueError, OSError, TypeError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
