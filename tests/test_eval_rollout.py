@@ -1,0 +1,345 @@
+"""eval.rollout, eval.figures, eval.card: with a rollout that is given, and by the command line with a tiny model."""
+
+import json
+import re
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import leviathan
+from eval import card, figures, metrics, provenance
+from eval import rollout as job
+
+SEEDS = [0, 1]
+NUM_STEPS = 6
+ROWS = ["expectation", "sample", "persistence", "climatology", "quantise_only"]
+PICTURES = ["fields", "spectra", "pdf", "metrics", "embeddings", "contact_sheet", "curve"]
+TRAINING = {
+    "steps": 1234,
+    "seconds": 60.0,
+    "marginal_entropy": 4.5,
+    "persistence_nrmse": 0.4,
+    "seed": 7,
+    "split": {"fractions": [0.5, 0.25, 0.25], "seed": 3},
+    "validation": [{"step": 600, "loss": 3.5, "nrmse": 0.6}, {"step": 1234, "loss": 2.75, "nrmse": 0.3}],
+    "provenance": {"command": "accelerate launch -m training.train --config tiny.yaml", "commit": "abc"},
+}
+
+
+def flows(seed, num_flows, num_times, num_grid=16):
+    """Waves that move: smooth, different from flow to flow, mean zero."""
+    rng = np.random.default_rng(seed)
+    x = np.arange(num_grid) / num_grid
+    t = 0.02 * np.arange(num_times)[:, None, None]
+    result = np.zeros((num_flows, num_times, num_grid, num_grid), np.float32)
+    for flow in result:
+        for kx, ky in [(1, 0), (0, 1), (1, 2), (2, 1), (3, 2), (4, 3), (5, 4)]:
+            phase, speed, size = rng.uniform(0, 2 * np.pi), rng.normal(0, 3), rng.normal() / np.hypot(kx, ky)
+            flow += size * np.cos(2 * np.pi * (kx * x[:, None] + ky * x + speed * t) + phase)
+    return result
+
+
+TRUTH, OTHERS = flows(0, 3, NUM_STEPS + 1), flows(1, 3, NUM_STEPS)
+TOKENIZER = leviathan.FieldTokenizer(patch_size=4, num_bits=8, base=16, low=-4.0, high=4.0)
+
+
+def perfect(initial, sampling, seed):
+    """Knows the future; the random sampling adds noise of its seed."""
+    noise = np.random.default_rng(seed).standard_normal(TRUTH[:, 1:].shape) * (sampling == "sample")
+    return torch.as_tensor(TRUTH[:, 1:] + 0.1 * noise)
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    return job.evaluate(
+        TRUTH, OTHERS, perfect, TOKENIZER, ["expectation", "sample"], SEEDS, length=2.0, band=(2, 6), progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def results(evaluation):
+    """What the command adds, so that cards and pictures can be made without a model."""
+    return evaluation.results | {
+        "config": {"model": "runs/m", "data": "a.hdf5", "split": "test", "num_steps": 6, "trajectories": [0, 1, 2]},
+        "data": {"grid": [16, 16], "length": 2.0, "dt": 0.02, "synthetic": True, "num_trajectories": 9},
+        "model": {"num_parameters": 4321, "vocab_size": 256, "patch_size": 4, "embedding_type": "separable"},
+        "provenance": provenance.provenance(SEEDS),
+    }
+
+
+def mean(results, row, metric):
+    return np.array(results["rows"][row]["metrics"][metric]["mean"])
+
+
+def test_every_row_has_every_metric_at_every_step(results):
+    assert list(results["rows"]) == ROWS
+    for row in ROWS:
+        for metric in job.METRICS:
+            entry = results["rows"][row]["metrics"][metric]
+            assert len(entry["mean"]) == len(entry["low"]) == len(entry["high"]) == NUM_STEPS
+            assert (entry["seed_spread"] is not None) == (row == "sample" and metric != "crps")
+            assert set(results["summary"][row][metric]) == {"1", "5", "6"}
+        assert np.shape(results["spectra"]["rows"][row]) == (3, 8)
+        assert np.shape(results["pdf"]["rows"][row]) == (3, job.NUM_BINS)
+    assert results["clipped"]["count"] == ((TRUTH < -4) | (TRUTH > 4)).sum()
+    assert set(results["comparisons"]) == {"expectation", "sample"}
+    assert results["rows"]["expectation"]["seeds"] == [0]
+    assert results["rows"]["sample"]["seeds"] == SEEDS
+    assert results["rows"]["sample"]["tokens_per_second"] > 0
+    assert set(results["noise_floor"]) == set(job.METRICS) - {"crps"}
+    json.dumps(results, allow_nan=False)
+
+
+def test_a_perfect_prediction_has_no_error(results):
+    for metric, (_, best) in job.METRICS.items():
+        if metric != "border_jump":
+            np.testing.assert_allclose(mean(results, "expectation", metric), best, atol=1e-6)
+    np.testing.assert_allclose(mean(results, "expectation", "border_jump"), results["truth"]["border_jump"], rtol=1e-5)
+
+
+def test_references_equal_what_is_computed_by_hand(results):
+    still = np.repeat(TRUTH[:, :1], NUM_STEPS, axis=1).astype(float)
+    true = TRUTH[:, 1:].astype(float)
+    error = np.sqrt(((still - true) ** 2).mean((2, 3)) / (true**2).mean((2, 3)))
+    np.testing.assert_allclose(mean(results, "persistence", "nrmse"), error.mean(0), rtol=1e-5)
+    ratio = np.abs(np.log((still**2).mean((2, 3)) / (true**2).mean((2, 3))))
+    np.testing.assert_allclose(mean(results, "persistence", "enstrophy_error"), ratio.mean(0), rtol=1e-4)
+    shares = [metrics.histogram(fields, -4, 4) for fields in (OTHERS, true)]
+    divergence = metrics.jensen_shannon(*shares).mean(0)
+    np.testing.assert_allclose(mean(results, "climatology", "jensen_shannon"), divergence, rtol=1e-5)
+    np.testing.assert_allclose(mean(results, "persistence", "crps"), np.abs(still - true).mean((0, 2, 3)), rtol=1e-5)
+    quantised = mean(results, "quantise_only", "nrmse") * np.sqrt((true**2).mean((2, 3))).mean(0)
+    np.testing.assert_allclose(quantised, TOKENIZER.level / np.sqrt(12), rtol=0.2)  # half a level at most
+    pairs = [metrics.nrmse(true[i], true[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    np.testing.assert_allclose(results["noise_floor"]["nrmse"], np.mean(pairs, axis=0), rtol=1e-5)
+
+
+def test_ensemble_and_seed_spread(results):
+    members = np.stack([perfect(None, "sample", seed).numpy() for seed in SEEDS], axis=2)  # (B, T, M, X, Y)
+    np.testing.assert_allclose(mean(results, "sample", "crps"), metrics.crps(members, TRUTH[:, 1:]).mean(0), rtol=1e-4)
+    runs = [metrics.nrmse(members[:, :, m], TRUTH[:, 1:]).mean(0) for m in range(2)]
+    spread = results["rows"]["sample"]["metrics"]["nrmse"]["seed_spread"]
+    np.testing.assert_allclose(spread, np.std(runs, axis=0, ddof=1), rtol=1e-4)
+
+
+def test_verdicts_are_paired_and_honest(results):
+    assert card.verdict(results, "expectation", "persistence", "nrmse", 1) == "better than persistence"
+    assert card.verdict(results, "expectation", "persistence", "correlation", 6) == "better than persistence"
+    assert card.verdict(results, "sample", "persistence", "mean_error", 1) == "worse than persistence"
+    still = job.evaluate(
+        TRUTH, OTHERS, lambda *_: np.repeat(TRUTH[:, :1], NUM_STEPS, 1), TOKENIZER, ["greedy"], [0], progress=False
+    )
+    assert card.verdict(still.results, "greedy", "persistence", "nrmse", 3) == "like persistence"
+
+
+def test_one_flow_has_neither_floor_nor_intervals():
+    one = job.evaluate(TRUTH[:1], OTHERS[:1], lambda *_: TRUTH[:1, 1:], TOKENIZER, ["greedy"], [0], progress=False)
+    assert one.results["noise_floor"] is None
+    assert one.results["rows"]["persistence"]["metrics"]["nrmse"]["low"] is None
+    json.dumps(one.results, allow_nan=False)
+
+
+def test_one_step_into_a_constant_state_can_be_drawn(tmp_path, results):
+    flat = job.evaluate(
+        TRUTH[:, :2], OTHERS[:, :1], lambda *_: np.zeros_like(OTHERS[:, :1]), TOKENIZER, ["greedy"], [0], progress=False
+    )
+    drawn = results | flat.results
+    np.testing.assert_allclose(mean(drawn, "greedy", "nrmse"), 1)
+    assert mean(drawn, "greedy", "energy_error") == pytest.approx(-np.log(metrics.RELATIVE_FLOOR), rel=1e-5)
+    vectors = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    figures.draw_all(tmp_path, drawn, flat.examples, figures.principal_components(vectors), {})
+    assert not (tmp_path / "curve.png").exists()
+    assert "worse than persistence" in card.summary_text(drawn, None)
+
+
+def test_states_that_do_not_fit_are_refused():
+    def run(rollout, truth=TRUTH, others=OTHERS):
+        job.evaluate(truth, others, rollout, TOKENIZER, ["greedy"], [0], progress=False)
+
+    with pytest.raises(ValueError, match=r"greedy has shape .* expected \(seeds, 3, 6, 16, 16\)"):
+        run(lambda *_: TRUTH)
+    with pytest.raises(ValueError, match="expected finite"):
+        run(lambda *_: np.full_like(OTHERS, np.nan))
+    with pytest.raises(ValueError, match="climatology"):
+        run(perfect, others=OTHERS[:2])
+
+
+# ----------------------------------------------------------------------------------------------- pictures and words
+
+
+def is_picture(path):
+    data = path.read_bytes()
+    width, height = (int.from_bytes(data[i : i + 4]) for i in (16, 20))
+    return (
+        data.startswith(b"\x89PNG") and data.endswith(b"IEND\xaeB`\x82") and min(width, height) > 300 < len(data) / 30
+    )
+
+
+def test_pictures(tmp_path, results, evaluation):
+    vectors = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+    figures.draw_all(tmp_path, results, evaluation.examples, figures.principal_components(vectors), TRAINING)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.png" for name in PICTURES)
+    assert all(map(is_picture, tmp_path.iterdir()))
+
+
+def test_principal_components_of_a_plane():
+    generator = torch.Generator().manual_seed(0)
+    plane = torch.randn(300, 2, generator=generator) * torch.tensor([3.0, 1.0])
+    found = figures.principal_components(torch.nn.functional.pad(plane, (0, 4)) + 5)
+    variance = torch.linalg.eigvalsh(torch.cov(plane.T)).flip(0)
+    np.testing.assert_allclose(found.explained, [*(variance / variance.sum()), 0], atol=1e-6)
+    np.testing.assert_allclose(found.coordinates.var(0, ddof=1)[:2], variance, rtol=1e-5)
+    with pytest.raises(ValueError, match="at least 3"):
+        figures.principal_components(torch.ones(5, 2))
+
+
+def test_the_card_is_a_function_of_the_records(results):
+    record = json.loads(json.dumps(results))
+    text = card.model_card(record, TRAINING)
+    assert text == card.model_card(results, TRAINING)
+    assert text.startswith("---\nlibrary_name: transformers\nlicense: apache-2.0\ntags:\n")
+    for number in ("4,321", "1,234", "2.750", "4.500", "[0.5, 0.25, 0.25]", TRAINING["provenance"]["command"]):
+        assert number in text
+    for row in ROWS:
+        for metric in card.CARD_METRICS:
+            assert f"{mean(results, row, metric)[-1]:.3g}" in text
+    tables = [line.count("|") - line.count("\\|") for line in text.splitlines() if line.startswith("| expectation")]
+    assert tables == [len(card.CARD_METRICS) + 2] * 3
+
+
+def test_what_is_missing_is_said_to_be_missing(results):
+    text = card.model_card(results, None)
+    assert f"| steps | {card.MISSING} |" in text
+    assert "1,234" not in text
+    assert card.summary_text(results, None).count(card.MISSING) == 4
+
+
+def test_card_command(tmp_path, results):
+    provenance.write_json(tmp_path / "results.json", results)
+    out = tmp_path / "cards" / "card.md"
+    card.main(["--results", str(tmp_path / "results.json"), "--out", str(out)])
+    assert out.read_text() == card.model_card(json.loads((tmp_path / "results.json").read_text()), None)
+    with pytest.raises(SystemExit, match=r"absent\.json"):
+        card.main(["--results", str(tmp_path / "absent.json"), "--out", str(out)])
+    provenance.write_json(tmp_path / "empty.json", {})
+    with pytest.raises(SystemExit, match="no entry 'config'"):
+        card.main(["--results", str(tmp_path / "empty.json"), "--out", str(out)])
+
+
+def test_summary_in_words(results):
+    text = card.summary_text(results, TRAINING)
+    assert "Leviathan of 4,321 parameters" in text
+    assert "minutes 1.0" in text
+    assert re.search(r"nrmse, step 1 .* better than persistence", text)
+    assert re.search(r"jensen shannon, step 6 ", text)
+
+
+def test_provenance_tells_no_path_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["/opt/x.py", "--out", str(tmp_path / "a b"), f"--data={tmp_path}/d.hdf5", "--top-k", "5"]
+    monkeypatch.setattr("sys.argv", arguments)
+    record = provenance.provenance(seed=3)
+    assert "--out 'a b' --data=d.hdf5 --top-k 5" in record["command"]
+    assert str(tmp_path) not in json.dumps(record)
+    assert record["seed"] == 3
+    assert {"python", "torch", "numpy"} <= set(record["versions"])
+    with pytest.raises(ValueError, match="JSON"):
+        provenance.write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert not list(tmp_path.glob("x.json*"))
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A tiny random model with its tokenizer, and a file of eight flows in PDEBench's layout."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    config = leviathan.LeviathanConfig(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        embedding_base=4,
+        embedding_seed_dim=4,
+        embedding_num_heads=1,
+        embedding_num_knots=4,
+        embedding_rank=2,
+    )
+    tokenizer = leviathan.FieldTokenizer(patch_size=4, num_bits=4, base=4, low=-20.0, high=20.0)
+    leviathan.LeviathanForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    provenance.write_json(folder / "model" / "training.json", TRAINING)
+    num_flows, num_times, num_grid = 8, 5, 16
+    with h5py.File(folder / "flows.hdf5", "w") as file:
+        for seed, key in enumerate(("Vx", "Vy", "density", "pressure")):
+            file[key] = flows(seed, num_flows, num_times, num_grid)
+        file["t-coordinate"] = np.arange(num_times + 1, dtype=np.float32) * 0.02
+        for key in ("x-coordinate", "y-coordinate"):
+            file[key] = ((np.arange(num_grid) + 0.5) / num_grid).astype(np.float32)
+        file.attrs.update(eta=1e-8, zeta=1e-8, M=0.1, dt_save=0.02, synthetic=True)
+    return folder
+
+
+def arguments(folder, *more):
+    paths = ["--model", folder / "model", "--data", folder / "flows.hdf5", "--out", folder / "out"]
+    return [*map(str, paths), "--num-steps", "3", "--seeds", "0", "1", "--device", "cpu", *more]
+
+
+def test_command(run_folder, capsys):
+    job.main(arguments(run_folder, "--samplings", "expectation,greedy", "top_k", "--top-k", "3"))
+    out = run_folder / "out"
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["rows"]) == ["expectation", "greedy", "top_k", "persistence", "climatology", "quantise_only"]
+    assert results["config"]["trajectories"] == job.split_trajectories(8, (0.5, 0.25, 0.25), 3).test.tolist()
+    assert results["config"]["top_k"] == 3
+    assert results["data"] == {"grid": [16, 16], "length": 1, "dt": 0.02, "synthetic": True, "num_trajectories": 8}
+    assert results["model"]["vocab_size"] == 16
+    assert len(results["model"]["embedding_explained"]) == 3
+    assert all(is_picture(out / f"{name}.png") for name in PICTURES)
+    assert not list(out.glob("*.partial"))
+    printed = capsys.readouterr().out
+    assert "contact_sheet.png" in printed
+    assert "expectation is" in printed
+    assert "4.500" in card.model_card(results, TRAINING)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--num-steps", "5"], "has 4 states after the first"),
+        (["--num-trajectories", "3"], "the test split has 2"),
+        (["--seeds", "1", "1"], "different"),
+        (["--model", "nowhere"], "nowhere holds no model"),
+        (["--data", "nowhere.hdf5"], "nowhere.hdf5"),
+        (["--band", "5", "99"], "band"),
+    ],
+)
+def test_command_refuses(run_folder, more, message):
+    with pytest.raises(SystemExit, match=message):
+        job.main(arguments(run_folder, *more))
+
+
+def test_command_refuses_unknown_samplings(run_folder, capsys):
+    with pytest.raises(SystemExit):
+        job.main(arguments(run_folder, "--samplings", "beam"))
+    assert "expected different ones of expectation, greedy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_bits": 5}, "the model has 16 ids and its tokenizer 32"), ({"patch_size": 3}, "multiple of the patch's 3")],
+)
+def test_command_refuses_a_tokenizer_that_does_not_fit(run_folder, tmp_path, change, message):
+    from shutil import copytree
+
+    copytree(run_folder / "model", tmp_path / "model")
+    options = {"patch_size": 4, "num_bits": 4, "base": 4, "low": -20.0, "high": 20.0}
+    leviathan.FieldTokenizer(**options | change).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match=message):
+        job.main(arguments(run_folder, "--model", str(tmp_path / "model")))
