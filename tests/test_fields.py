@@ -396,3 +396,23 @@ def test_bad_split():
         split_trajectories(2)
     with pytest.raises(ValueError, match="leave none to train on"):
         split_trajectories(4, (0.01, 0.49, 0.5))
+
+
+def test_context_noise_blurs_the_inputs_of_the_target_alone(fields, tokenizer):
+    """Labels and prefix stay true; the noise depends on the item alone and stays in the vocabulary."""
+    options = {"offsets": "random", "num_items": 40, "seed": 3}
+    clean = PatchPairs(fields, [0], tokenizer, **options)
+    noisy = PatchPairs(fields, [0], tokenizer, context_noise=5.0, **options)
+    size, changes = tokenizer.tokens_per_patch, []
+    for i in reversed(range(40)):
+        a, b = clean[i], noisy[i]
+        assert torch.equal(a["labels"], b["labels"])
+        assert torch.equal(a["input_ids"][:size], b["input_ids"][:size])
+        assert torch.equal(noisy[i]["input_ids"], b["input_ids"])
+        assert 0 <= b["input_ids"].min() <= b["input_ids"].max() < tokenizer.vocab_size
+        changes.append((a["input_ids"] - b["input_ids"])[size:].float().std())
+    assert min(changes) < 2
+    assert 3 < max(changes) < 8
+    for bad in ({"context_noise": 1.0}, options | {"context_noise": -1.0}):
+        with pytest.raises(ValueError, match="context_noise"):
+            PatchPairs(fields, [0], tokenizer, **bad)

@@ -277,7 +277,11 @@ class PatchPairs(Dataset):
         symmetries: Whether to rotate and reflect; for random offsets only. A reflection turns the sense of rotation,
             so ω changes sign. Right for isotropic flow: a forced flow has no more symmetries than its forcing.
         stride: Snapshots from the first state to the second.
-        seed: Seed of random offsets.
+        context_noise: Noise on the target's tokens as inputs, for random offsets only: item i draws a standard
+            deviation from 0 to this many levels, and adds such noise to the second half of `input_ids`; `labels` stay
+            true. A free rollout reads its own errors where training reads the truth; a model that has seen noise there
+            leans on the prior state instead.
+        seed: Seed of random offsets and noise.
 
     Raises:
         ValueError: if a trajectory does not exist, the patch does not fit the grid, there are no two snapshots `stride`
@@ -294,10 +298,12 @@ class PatchPairs(Dataset):
         num_items: int | None = None,
         symmetries: bool = False,
         stride: int = 1,
+        context_noise: float = 0.0,
         seed: int = 0,
     ):
         self.fields, self.trajectories, self.tokenizer = fields, _checked(fields, trajectories), tokenizer
         self.offsets, self.symmetries, self.stride, self.seed = offsets, symmetries, stride, seed
+        self.context_noise = context_noise
         self.num_times = fields.num_snapshots - stride
         size, (num_x, num_y) = tokenizer.patch_size, fields.grid
         grid, random = offsets == "grid", offsets == "random"
@@ -307,7 +313,10 @@ class PatchPairs(Dataset):
             f"offsets = {offsets!r} must be 'grid' or 'random'": not (grid or random),
             f"patch_size = {size} exceeds the grid {num_x} x {num_y}; use a smaller patch": size > min(num_x, num_y),
             cut: grid and (num_x % size or num_y % size),
-            "num_items and symmetries go with offsets='random' only": grid and (num_items is not None or symmetries),
+            "num_items, symmetries and context_noise go with offsets='random' only": (
+                grid and (num_items is not None or symmetries or context_noise)
+            ),
+            f"context_noise = {context_noise} must be a number of levels, 0 or more": not 0 <= context_noise < np.inf,
             f"offsets='random' needs num_items > 0, not {num_items}": random and (num_items is None or num_items < 1),
             f"spacing {fields.spacing} is not square, so a quarter turn is no symmetry": (
                 symmetries and not np.isclose(*fields.spacing, rtol=1e-4)
@@ -327,10 +336,17 @@ class PatchPairs(Dataset):
             raise IndexError(f"item {index} does not exist; there are {self.num_items}")
         prefix, target = self.tokenizer(self.patches(int(index)), return_tensors="pt")["input_ids"]
         return {
-            "input_ids": torch.cat([prefix, target]),
+            "input_ids": torch.cat([prefix, self._noisy(target, int(index))]),
             "labels": torch.cat([torch.full_like(prefix, IGNORED_LABEL), target]),
             "token_type_ids": torch.cat([torch.ones_like(prefix), torch.zeros_like(target)]),
         }
+
+    def _noisy(self, target: Tensor, index: int) -> Tensor:
+        if not self.context_noise:
+            return target
+        generator = np.random.default_rng((self.seed, index, 1))  # another stream than the patch's
+        noise = generator.normal(scale=generator.uniform(0, self.context_noise), size=len(target))
+        return (target + torch.from_numpy(np.rint(noise).astype(np.int64))).clamp(0, self.tokenizer.vocab_size - 1)
 
     def patches(self, index: int) -> np.ndarray:
         """The vorticity of item `index` before it is made tokens: `(2, patch_size, patch_size)` float32."""

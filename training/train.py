@@ -47,6 +47,7 @@ class DataSettings:
         offsets: Training patches on a `"grid"` or at `"random"` periodic offsets; see `training.fields.PatchPairs`.
         symmetries: Turn and reflect training patches (random offsets only).
         stride: Snapshots from a state to the next.
+        context_noise: Noise on the target's tokens as inputs, in levels (random offsets only).
         num_fit_snapshots: Training snapshots from which the quantiser's range is taken.
         num_validation_items: Validation pairs, drawn once from all of them.
     """
@@ -57,6 +58,7 @@ class DataSettings:
     offsets: Literal["grid", "random"] = "grid"
     symmetries: bool = False
     stride: int = 1
+    context_noise: float = 0.0
     num_fit_snapshots: int = 1024
     num_validation_items: int = 512
 
@@ -234,7 +236,7 @@ def build(settings: Settings) -> dict[str, Any]:
     options: dict[str, Any] = {"offsets": data.offsets, "stride": data.stride, "seed": args.seed}
     if data.offsets == "random":
         items = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
-        options |= {"num_items": items, "symmetries": data.symmetries}
+        options |= {"num_items": items, "symmetries": data.symmetries, "context_noise": data.context_noise}
     train = PatchPairs(fields, split.train, tokenizer, **options)
     pairs = PatchPairs(fields, split.validation, tokenizer, stride=data.stride)
     chosen = np.random.default_rng(data.split_seed).permutation(len(pairs))[: data.num_validation_items]
