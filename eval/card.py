@@ -61,6 +61,8 @@ def summary_text(results: Record, training: Record | None) -> str:
             f"minutes {value(minutes, 'minutes', '{:.1f}')}",
             f"          validation loss {value(final, 'loss', '{:.3f}')} nat/token; a model that looks at nothing has "
             f"{value(training, 'marginal_entropy', '{:.3f}')}",
+            f"          one step ahead, earlier tokens given: nRMSE {value(final, 'nrmse', '{:.3f}')}; persistence "
+            f"{value(training, 'persistence_nrmse', '{:.3f}')}",
             f"Measured  {len(config['trajectories'])} flows of the {config['split']} split, each rolled out for {last} "
             f"steps from its first state, sampling by {headline}",
             "",

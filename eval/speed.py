@@ -8,10 +8,11 @@ resident set in a process of its own for each.
 
 import argparse
 import multiprocessing
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +40,23 @@ def embedding_pass(path: str, sizes: dict[str, int], tokens: int) -> tuple[Calla
     return forward, lambda: torch.autograd.grad(forward(), parameters, gradient)
 
 
-def _memory_of(path: str, sizes: dict[str, int], tokens: int, threads: int, queue: multiprocessing.Queue) -> None:
-    torch.set_num_threads(threads)
+def _peak_kibibytes() -> int:
+    # Not getrusage: a child inherits its parent's peak there.
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def _memory_of(path: str, sizes: dict[str, int], tokens: int) -> float:
     embedding_pass(path, sizes, 8)[1]()  # libraries load their kernels
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kibibytes()
     embedding_pass(path, sizes, tokens)[1]()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    return (_peak_kibibytes() - before) / 1024
 
 
 def peak_mebibytes(path: str, sizes: dict[str, int], tokens: int) -> float:
-    """Peak memory of forward and backward in a process of its own, in MiB; Linux and macOS."""
+    """Growth of the peak resident set by one forward and backward, in MiB, in a process of its own; Linux only."""
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_memory_of, args=(path, sizes, tokens, torch.get_num_threads(), queue))
-    process.start()
-    grown = queue.get()
-    process.join()
-    return grown
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        return pool.submit(_memory_of, path, sizes, tokens).result()
 
 
 def alternate(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:

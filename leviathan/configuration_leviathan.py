@@ -13,12 +13,13 @@
 # limitations under the License.
 """Configuration of Leviathan."""
 
-from typing import Literal
+import inspect
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from sna_core.embedding import digit_layout
+from sna_core.embedding import VARIANTS, LowRankEmbedding, SeparableEmbedding, digit_layout
 
 
 # trf-ignore: TRF057 -- the generated text names a released checkpoint, and there is none; the docstring is our own.
@@ -32,11 +33,12 @@ class LeviathanConfig(PreTrainedConfig):
         embedding_type: ``"separable"`` (generated from the digits of the id), ``"low_rank"`` (a factorised lookup) or
             ``"lookup"`` (a table).
         embedding_base, embedding_num_digits: Digits of an id; what is left None is completed so that the digits number
-            the vocabulary, and stored completed.
+            the vocabulary.
         embedding_seed_dim, embedding_num_heads, embedding_num_knots, embedding_rank, embedding_variant,
         embedding_low_digit, embedding_normalize_basis, embedding_trainable_knot_scale, embedding_sigmoid_divisor,
         embedding_seed_bias, embedding_residual: Arguments of [`sna_core.SeparableEmbedding`] (`embedding_rank` also of
-            [`sna_core.LowRankEmbedding`]); None takes its default.
+            [`sna_core.LowRankEmbedding`]); None takes its default. What is left None is stored completed, so that a
+            checkpoint means the same when a default changes.
         loss_chunk_size: Tokens for which logits exist at one time while the loss is computed. The output then carries
             no logits beside a loss. None computes all logits and returns them.
 
@@ -109,11 +111,23 @@ class LeviathanConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        for name, default in self._embedding_defaults().items():
+            if getattr(self, f"embedding_{name}") is None:
+                setattr(self, f"embedding_{name}", default)
         if self.embedding_type == "separable":
             self.embedding_base, self.embedding_num_digits = digit_layout(
                 self.vocab_size, self.embedding_base, self.embedding_num_digits
             )
         super().__post_init__(**kwargs)
+
+    def _embedding_defaults(self) -> dict[str, Any]:
+        embedding = {"separable": SeparableEmbedding, "low_rank": LowRankEmbedding}.get(self.embedding_type)
+        if embedding is None:
+            return {}
+        defaults = {name: parameter.default for name, parameter in inspect.signature(embedding).parameters.items()}
+        if embedding is SeparableEmbedding:
+            defaults |= VARIANTS.get(self.embedding_variant or defaults["variant"], {})
+        return {name: default for name, default in defaults.items() if hasattr(self, f"embedding_{name}")}
 
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation. Validates the architecture of the config."""

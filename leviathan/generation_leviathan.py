@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_utils import PreTrainedModel
 
 from .tokenization_leviathan import FieldTokenizer
@@ -45,7 +45,10 @@ class ExpectationLogitsProcessor(LogitsProcessor):
         """Maps each row's scores to those of its expected id."""
         dtype = torch.float64 if scores.device.type != "mps" else torch.float32
         ids = torch.arange(scores.shape[-1], device=scores.device, dtype=dtype)
-        expected = (scores.softmax(-1, dtype=dtype) @ ids).round().long()
+        expected = (scores.softmax(-1, dtype=dtype) @ ids).round()
+        if not expected.isfinite().all():
+            raise ValueError("the model's scores are not finite; its weights are broken or its dtype too narrow.")
+        expected = expected.long()
         return torch.full_like(scores, -torch.inf).scatter_(-1, expected.unsqueeze(-1), 0.0)
 
 
@@ -81,7 +84,8 @@ def rollout(
         top_k: Levels kept by ``"top_k"``.
         top_p: Probability kept by ``"top_p"``.
         temperature: Divides the logits of the random samplings.
-        seed: Seeds the random samplings: same seed and batch_size, same result. The global generator is left as it was.
+        seed: Seeds the random samplings: same seed and batch_size, same result, and the global generator is left as it
+            was. None draws from the global generator.
         num_samples: Independent rollouts of each field.
         batch_size: Patches in one forward pass.
         use_cache: Keep keys and values of earlier tokens. Without, the result is the same and slower.
@@ -97,31 +101,38 @@ def rollout(
     """
     _check_fit(model, tokenizer)
     _check_options(num_steps, sampling, top_k, top_p, temperature, num_samples, batch_size)
-    height, width = fields.shape[-2:]
     device = model.device
     ids = tokenizer(fields, return_tensors="pt")["input_ids"]
+    height, width = np.shape(fields)[-2:]
     patches = (height // tokenizer.patch_size) * (width // tokenizer.patch_size)
     num_fields = ids.shape[0] // patches
     # (fields, samples, patches, tokens): every sample is a stream of its own
     ids = ids.view(num_fields, 1, patches, -1).repeat(1, num_samples, 1, 1).flatten(0, 2)
 
-    options = {"expectation": {"logits_processor": LogitsProcessorList([ExpectationLogitsProcessor()])}, "greedy": {}}
-    random = {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0}
-    options["top_k"] = random | {"top_k": top_k}
-    options["top_p"] = random | {"top_p": top_p}
-    options["sample"] = random
-    generate = {"do_sample": False, "use_cache": use_cache, "eos_token_id": None, "pad_token_id": 0} | options[sampling]
+    # What is stored with the model (penalties, beams) must not bend the distribution: generate fills gaps from it.
+    stored, model.generation_config = model.generation_config, GenerationConfig()
+    config = GenerationConfig(
+        max_new_tokens=tokenizer.tokens_per_patch,
+        use_cache=use_cache,
+        do_sample=sampling in RANDOM,
+        temperature=float(temperature) if sampling in RANDOM else None,
+        top_k=(top_k if sampling == "top_k" else 0) if sampling in RANDOM else None,
+        top_p=(top_p if sampling == "top_p" else 1.0) if sampling in RANDOM else None,
+        pad_token_id=0,
+    )
+    processors = LogitsProcessorList([ExpectationLogitsProcessor()] if sampling == "expectation" else [])
 
     was_training = model.training
     model.eval()
     states = []
-    devices = [device] if device.type == "cuda" else []
+    seeded = seed is not None and sampling in RANDOM
+    devices = range(torch.cuda.device_count()) if device.type == "cuda" else []  # manual_seed reaches all of them
     try:
         with (
-            torch.random.fork_rng(devices, enabled=sampling not in DETERMINISTIC),
+            torch.random.fork_rng(devices, enabled=seeded),
             tqdm(total=num_steps * ids.shape[0], desc="rollout", unit="patch", disable=not progress) as bar,
         ):
-            if seed is not None and sampling not in DETERMINISTIC:
+            if seeded:
                 torch.manual_seed(seed)
             for _ in range(num_steps):
                 batches = []
@@ -131,8 +142,8 @@ def rollout(
                         prefix,
                         attention_mask=torch.ones_like(prefix),
                         prefix_length=tokenizer.tokens_per_patch,
-                        max_new_tokens=tokenizer.tokens_per_patch,
-                        **generate,
+                        generation_config=config,
+                        logits_processor=processors,
                     )
                     batches.append(sequence[:, tokenizer.tokens_per_patch :].cpu())
                     bar.update(prefix.shape[0])
@@ -140,6 +151,7 @@ def rollout(
                 states.append(tokenizer.decode(ids, field_shape=(height, width)))
     finally:
         model.train(was_training)
+        model.generation_config = stored
     result = torch.stack(states, dim=1).view(num_fields, num_samples, num_steps, height, width)
     return result if num_samples > 1 else result[:, 0]
 

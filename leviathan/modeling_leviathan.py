@@ -71,7 +71,7 @@ def prefix_token_types(
     """Marks the first ``prefix_length`` tokens of each row that are not padding: (batch, num_tokens) of 1 and 0.
 
     Raises:
-        ValueError: If ``prefix_length`` is neither an integer nor of shape (batch,), or negative.
+        ValueError: If ``prefix_length`` is neither an integer nor of shape (batch,), negative, or more than a row has.
     """
     if isinstance(prefix_length, int):
         if prefix_length < 0:
@@ -83,11 +83,16 @@ def prefix_token_types(
         )
     else:
         prefix_length = prefix_length.to(device).unsqueeze(-1)
-    if attention_mask is None or attention_mask.dim() != 2:
-        place = torch.arange(1, num_tokens + 1, device=device).expand(batch_size, -1)
-        return (place <= prefix_length).long()
-    place = attention_mask.long().cumsum(-1)[:, :num_tokens]  # padding on the left holds no place
-    return ((place <= prefix_length) & attention_mask[:, :num_tokens].bool()).long()
+    mask = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)
+    if attention_mask is not None:
+        mask = attention_mask[:, :num_tokens].bool()
+    place = mask.cumsum(-1)  # padding on the left holds no place
+    if not torch.compiler.is_compiling() and (place[:, -1:] < prefix_length).any():
+        raise ValueError(
+            f"prefix_length exceeds the {int(place[:, -1].min())} tokens of a row; a prefix is part of what is "
+            "given, and read in one forward pass (no shorter prefill_chunk_size)."
+        )
+    return ((place <= prefix_length) & mask).long()
 
 
 def prefix_blocks(token_type_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -183,8 +188,9 @@ class LeviathanModel(LeviathanPreTrainedModel):
             no `token_type_ids`, is causal attention.
         token_type_ids (`torch.LongTensor` of shape `(batch, sequence_length)`, *optional*):
             The same for each token: every run of 1 is a block that attends within itself in both directions, 0 is
-            causal. Packed documents (`position_ids` that restart) keep their prefixes apart. With a cache, a prefix
-            counts in the first forward pass alone.
+            causal. Packed documents (`position_ids` that restart, no `attention_mask`) keep their prefixes apart.
+
+        A prefix is read in one forward pass: with a cache that holds tokens already, both are refused.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -195,23 +201,16 @@ class LeviathanModel(LeviathanPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, num_tokens = inputs_embeds.shape[:2]
 
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-
+        # Positions of the caller's may pack documents, which transformers looks for where there is no cache yet.
+        packing = position_ids
         if position_ids is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(num_tokens, device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
         blocks = None
-        has_prefix = prefix_length is not None or token_type_ids is not None
-        if has_prefix and (past_key_values is None or not past_key_values.is_initialized):
-            if is_flash_attention_requested(self.config):
-                raise ValueError(
-                    f"attn_implementation = {self.config._attn_implementation!r} cannot mask a prefix: FlashAttention "
-                    "would silently attend causally. Load the model with attn_implementation='sdpa', 'eager' or "
-                    "'flex_attention', or leave out prefix_length and token_type_ids."
-                )
+        if prefix_length is not None or token_type_ids is not None:
+            self._check_prefix(attention_mask, past_key_values)
             if token_type_ids is None:
                 token_type_ids = prefix_token_types(
                     prefix_length, num_tokens, batch_size, attention_mask, inputs_embeds.device
@@ -223,9 +222,11 @@ class LeviathanModel(LeviathanPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=packing,
             block_sequence_ids=blocks,
         )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -241,6 +242,25 @@ class LeviathanModel(LeviathanPreTrainedModel):
             )
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _check_prefix(self, attention_mask: torch.Tensor | None, past_key_values: Cache | None) -> None:
+        if is_flash_attention_requested(self.config):
+            raise ValueError(
+                f"attn_implementation = {self.config._attn_implementation!r} cannot mask a prefix: FlashAttention "
+                "would silently attend causally. Load the model with attn_implementation='sdpa', 'eager' or "
+                "'flex_attention', or leave out prefix_length and token_type_ids."
+            )
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)} and would decide alone; put the prefix "
+                "into it, or give a mask of shape (batch, tokens) beside prefix_length or token_type_ids."
+            )
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise ValueError(
+                f"the cache holds {int(past_key_values.get_seq_length())} tokens already, which cannot attend to "
+                "a prefix that comes now; read the prefix in one forward pass (no prefill_chunk_size), and leave out "
+                "prefix_length and token_type_ids behind it."
+            )
 
 
 def chunked_cross_entropy(
@@ -346,7 +366,10 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
                 head, hidden_states, shifted, self.config.loss_chunk_size, kwargs.get("num_items_in_batch")
             )
         else:
-            # slice_logits_to_keep of transformers 5.23, which 5.17 has not
+            if not isinstance(logits_to_keep, int) and logits_to_keep.dim() != 1:
+                raise ValueError(
+                    f"logits_to_keep has shape {tuple(logits_to_keep.shape)}; expected an integer or positions (kept,)."
+                )
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = head(hidden_states[:, keep])
             if labels is not None:
@@ -365,15 +388,28 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor,
         *args: Any,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         prefix_length: int | torch.LongTensor | None = None,
         **kwargs,
     ) -> dict[str, Any]:
         """As in transformers; `prefix_length` becomes `token_type_ids`, which masks for static caches are made from."""
-        if prefix_length is not None:
+        cache = kwargs.get("past_key_values")
+        prefilled = cache is not None and bool(cache.get_seq_length() > 0)
+        if prefix_length is not None and not prefilled:
+            given = input_ids if inputs_embeds is None or input_ids.shape[1] > 0 else inputs_embeds
             kwargs["token_type_ids"] = prefix_token_types(
-                prefix_length, input_ids.shape[1], input_ids.shape[0], attention_mask, input_ids.device
+                prefix_length, given.shape[1], given.shape[0], attention_mask, given.device
             )
-        return super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        mask, types = inputs.get("attention_mask"), inputs.get("token_type_ids")
+        in_mask = isinstance(mask, torch.Tensor) and mask.dim() == 4  # made from the types for a static cache
+        # One token at a time is causal; a longer piece behind a filled cache is refused if it has a prefix.
+        causal = prefilled and types is not None and (types.shape[-1] == 1 or not (types == 1).any())
+        if in_mask or causal:
+            inputs.pop("token_type_ids", None)
+        return inputs
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, num_new_tokens: int = 1, **kwargs

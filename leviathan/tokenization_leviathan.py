@@ -161,8 +161,10 @@ class FieldTokenizer(FeatureExtractionMixin):
         array = self._finite(fields)
         if array.ndim == 2:
             array = array[None]
-        if array.ndim != 3:
-            raise ValueError(f"fields have shape {array.shape}; expected (batch, height, width) or (height, width).")
+        if array.ndim != 3 or not len(array):
+            raise ValueError(
+                f"fields have shape {np.shape(fields)}; expected (batch, height, width) or (height, width), not empty."
+            )
         self._check_size(array.shape[1:])
         ids = np.floor((array.astype(np.float64) - self.low) / self.level)
         ids = np.clip(ids, 0, self.vocab_size - 1).astype(np.int64)
@@ -240,7 +242,11 @@ class FieldTokenizer(FeatureExtractionMixin):
             )
 
     def _finite(self, fields: Fields) -> np.ndarray:
-        array = fields.detach().cpu().numpy() if isinstance(fields, torch.Tensor) else np.asarray(fields)
+        if isinstance(fields, torch.Tensor):
+            fields = fields.detach().cpu()
+            array = (fields.float() if fields.dtype == torch.bfloat16 else fields).numpy()
+        else:
+            array = np.asarray(fields)
         if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
             raise ValueError(f"fields have dtype {array.dtype}; expected real numbers.")
         if not np.isfinite(array).all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -86,26 +87,21 @@ class _GeneratedEmbedding(nn.Module):
 
         Raises:
             ValueError: If ``ids`` are not integers.
-            IndexError: If an id lies outside ``[0, num_embeddings)``, as ``torch.nn.Embedding``; checked where ids are
-                at hand without waiting for a device, which is on the CPU.
+            IndexError: If an id lies outside ``[0, num_embeddings)``, as ``torch.nn.Embedding``; not checked in a
+                compiled graph.
         """
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"ids have dtype {ids.dtype}; expected integers.")
         ids = ids.long()
         flat = ids.reshape(-1)
-        if torch.compiler.is_compiling() or flat.is_meta:
-            # Static shapes: every token on its own, or the whole table where that is less.
-            if flat.numel() < self.num_embeddings:
-                return self.generate(flat).view(*ids.shape, self.embedding_dim)
-            return F.embedding(ids, self.table())
-        if flat.device.type == "cpu" and flat.numel():
-            lowest, highest = flat.aminmax()
-            if lowest < 0 or highest >= self.num_embeddings:
-                wrong = int(lowest if lowest < 0 else highest)
-                raise IndexError(f"id {wrong} lies outside [0, num_embeddings = {self.num_embeddings}).")
         if flat.numel() >= self.num_embeddings:
             return F.embedding(ids, self.table())
-        distinct, inverse = flat.unique(return_inverse=True)  # an embedding depends on its id alone
+        if torch.compiler.is_compiling() or flat.is_meta:  # static shapes: every token on its own
+            return self.generate(flat).view(*ids.shape, self.embedding_dim)
+        distinct, inverse = flat.unique(return_inverse=True)  # sorted; an embedding depends on its id alone
+        if flat.numel() and not (distinct[0] >= 0 and distinct[-1] < self.num_embeddings):
+            wrong = int(distinct[0] if distinct[0] < 0 else distinct[-1])
+            raise IndexError(f"id {wrong} lies outside [0, num_embeddings = {self.num_embeddings}).")
         return F.embedding(inverse.view(ids.shape), self.generate(distinct))
 
     def table(self) -> Tensor:
@@ -253,22 +249,17 @@ class SeparableEmbedding(_GeneratedEmbedding):
     def generate(self, ids: Tensor) -> Tensor:
         """Embeddings of a flat tensor of ids: (tokens,) -> (tokens, embedding_dim)."""
         with _without_autocast(ids.device):
-            coordinates = self.coordinates(ids)
-            product = separable_product(
-                coordinates, self.splines.to(coordinates.dtype), self.knot_scale, self.normalize_basis
-            )
-            return self._project(product, coordinates)
+            return self._generate(ids, separable_product)
 
     def reference_generate(self, ids: Tensor) -> Tensor:
         """The formula as written, with the whole basis and a log-sign product: the oracle of ``generate``."""
         with _without_autocast(ids.device):
-            coordinates = self.coordinates(ids)
-            product = separable_product_reference(
-                coordinates, self.splines.to(coordinates.dtype), self.knot_scale, self.normalize_basis
-            )
-            return self._project(product, coordinates)
+            return self._generate(ids, separable_product_reference)
 
-    def _project(self, product: Tensor, coordinates: Tensor) -> Tensor:
+    def _generate(self, ids: Tensor, product_of: Callable[..., Tensor]) -> Tensor:
+        coordinates = self.coordinates(ids)
+        scale = None if self.knot_scale is None else self.knot_scale.to(coordinates.dtype)
+        product = product_of(coordinates, self.splines.to(coordinates.dtype), scale, self.normalize_basis)
         dtype = self.out_weight.dtype
         out = product.to(dtype).transpose(0, 1).flatten(1) @ self.out_weight.flatten(0, 1)
         if self.residual_weight is not None:
@@ -309,7 +300,7 @@ class LowRankEmbedding(_GeneratedEmbedding):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        rank: int,
+        rank: int = 64,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):

@@ -23,6 +23,8 @@ from sna_core.network import pairwise_product
 # Numbers of phi in one block: on a CPU what its cache holds, on a GPU enough to fill it.
 BLOCK_NUMEL = {"cpu": 2**20}
 LARGE_BLOCK_NUMEL = 2**26
+# A learned scale of 3 and more leaves points midway between knots that no basis function reaches.
+LEAST_TOTAL = 1e-6
 
 
 def uniform_spline_basis(x: Tensor, num_knots: int, scale: Tensor | None = None, normalize: bool = True) -> Tensor:
@@ -35,7 +37,7 @@ def uniform_spline_basis(x: Tensor, num_knots: int, scale: Tensor | None = None,
     if scale is not None:
         t = t * scale.unsqueeze(-1)
     basis = torch.where(t < 0.5, 0.75 - t**2, torch.where(t < 1.5, (1.5 - t) ** 2 / 2, torch.zeros_like(t)))
-    return basis / basis.sum(-1, keepdim=True) if normalize else basis
+    return basis / basis.sum(-1, keepdim=True).clamp(min=LEAST_TOTAL) if normalize else basis
 
 
 def separable_product_reference(
@@ -114,7 +116,7 @@ def _block_basis(x: Tensor, num_knots: int, scale: Tensor | None, normalize: boo
     inner = (0.5 - t).relu_()
     outer = t.neg_().add_(1.5).relu_()
     basis = outer.mul_(outer).mul_(0.5).addcmul_(inner, inner, value=-1.5)
-    total = basis.sum(-1, keepdim=True) if normalize else basis.new_ones(())
+    total = basis.sum(-1, keepdim=True).clamp_(min=LEAST_TOTAL) if normalize else basis.new_ones(())
     return (basis.div_(total) if normalize else basis), distance, total
 
 

@@ -106,6 +106,16 @@ def test_product_gradient_is_exact_where_factors_are_zero():
     assert (gradient[0, [0, 1, 3, 4]] == 0).all()
 
 
+def test_a_point_that_no_basis_function_reaches_is_no_nan():
+    coordinates = torch.full((1, 2, 3), 1.5 / 5, dtype=torch.float64, requires_grad=True)  # midway between knots
+    splines = torch.randn(1, 3, 6, 2, dtype=torch.float64, requires_grad=True)
+    scale = torch.full((1, 3), 4.0, dtype=torch.float64, requires_grad=True)
+    product = separable_product(coordinates, splines, scale)
+    assert (product == 0).all()
+    torch.testing.assert_close(product, separable_product_reference(coordinates, splines, scale), rtol=0, atol=1e-20)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(product.sum(), (coordinates, splines, scale)))
+
+
 def test_blocks_do_not_change_the_result(monkeypatch):
     coordinates, splines = torch.rand(2, 37, 6), torch.randn(2, 6, 5, 4)
     whole = separable_product(coordinates, splines)
@@ -157,7 +167,7 @@ def test_drop_in_shapes_table_and_weight():
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_product_in_float32(half):
-    embedding = SeparableEmbedding(4096, 32, seed_dim=64, num_heads=2, rank=8)
+    embedding = SeparableEmbedding(4096, 32, seed_dim=64, num_heads=2, rank=8, trainable_knot_scale=True)
     low = copy.deepcopy(embedding).to(half)
     ids = torch.randperm(4096)[:200]
     out = low(ids)
@@ -275,3 +285,12 @@ def test_bad_ids():
         SeparableEmbedding(0, 10)
     with pytest.raises(ValueError, match="rank = 0"):
         LowRankEmbedding(10, 10, rank=0)
+
+
+@pytest.mark.gpu
+def test_a_gpu_generates_what_the_cpu_does():
+    embedding = small(dtype=torch.float32)
+    ids = torch.randint(0, 300, (40,))
+    torch.testing.assert_close(embedding.cuda()(ids.cuda()).cpu(), embedding.cpu()(ids), rtol=1e-4, atol=1e-4)
+    with pytest.raises(IndexError, match="id 300"):
+        embedding.cuda()(torch.tensor([300], device="cuda"))

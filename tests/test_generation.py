@@ -4,6 +4,7 @@ import torch
 
 import leviathan
 from leviathan import ExpectationLogitsProcessor, FieldTokenizer, LeviathanConfig, LeviathanForCausalLM
+from tests.test_leviathan import spread_embeddings
 
 SAMPLINGS = ["expectation", "greedy", "top_k", "top_p", "sample"]
 RANDOM = SAMPLINGS[2:]
@@ -26,8 +27,19 @@ def setup():
         embedding_rank=4,
         initializer_range=0.5,
     )
+    model = LeviathanForCausalLM(config)
+    spread_embeddings(model.get_input_embeddings())
     fields = np.random.default_rng(0).normal(size=(2, 4, 6)).clip(-2, 2).astype(np.float32)
-    return LeviathanForCausalLM(config), tokenizer, fields
+    return model, tokenizer, fields
+
+
+def test_this_model_looks_at_its_input(setup):
+    """Or else the tests below could not fail."""
+    model, tokenizer, fields = setup
+    for sampling in ("expectation", "greedy"):
+        out = run(setup, sampling=sampling)
+        assert out.unique().numel() > 5
+        assert not torch.equal(leviathan.rollout(model, tokenizer, -fields, num_steps=3, progress=False), out)
 
 
 def run(setup, **options):
@@ -113,6 +125,25 @@ def test_global_state_is_left_as_it_was(setup):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_without_a_seed_every_rollout_is_another(setup):
+    assert not torch.equal(run(setup, sampling="sample"), run(setup, sampling="sample"))
+
+
+def test_what_is_stored_with_the_model_does_not_bend_the_distribution(setup):
+    model = setup[0]
+    expected = run(setup)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.num_beams = 3
+    assert torch.equal(run(setup), expected)
+    assert model.generation_config.num_beams == 3
+    model.generation_config.repetition_penalty = model.generation_config.num_beams = None
+
+
+def test_broken_scores_are_said(setup):
+    with pytest.raises(ValueError, match="not finite"):
+        ExpectationLogitsProcessor()(torch.zeros(1, 1), torch.full((1, 4), torch.nan))
+
+
 def test_expectation_processor_keeps_the_rounded_mean():
     scores = torch.log(torch.tensor([[0.5, 0.0, 0.0, 0.5], [0.1, 0.9, 0.0, 0.0]]))
     out = ExpectationLogitsProcessor()(torch.zeros(2, 1, dtype=torch.long), scores)
@@ -145,5 +176,13 @@ def test_model_and_tokenizer_must_fit(setup):
         leviathan.rollout(model, FieldTokenizer(4, 5, 6, low=-2.0, high=2.0), fields[:, :, :4])
     with pytest.raises(ValueError, match="does not divide"):
         leviathan.rollout(model, tokenizer, fields[:, :3])
-    with pytest.raises(ValueError, match="finite"):
-        leviathan.rollout(model, tokenizer, np.full((4, 4), np.nan))
+    for bad, message in [
+        (np.full((4, 4), np.nan), "finite"),
+        (np.zeros((0, 4, 4)), "not empty"),
+        (np.zeros(4), "expected .batch"),
+        ([[0.0, 1.0, 2.0]], "does not divide"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            leviathan.rollout(model, tokenizer, bad)
+    half = torch.from_numpy(fields).to(torch.bfloat16)
+    assert leviathan.rollout(model, tokenizer, half, num_steps=1, progress=False).dtype == torch.float32

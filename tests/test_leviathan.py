@@ -10,11 +10,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 
 from leviathan import LeviathanConfig, LeviathanForCausalLM, LeviathanModel
 from leviathan.modeling_leviathan import chunked_cross_entropy, prefix_blocks
+from sna_core import SeparableEmbedding
 
 VOCAB, PREFIX, TARGET = 48, 5, 4
 
 
-def tiny(attn_implementation=None, **options) -> LeviathanForCausalLM:
+def tiny_config(**options) -> LeviathanConfig:
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -29,11 +30,31 @@ def tiny(attn_implementation=None, **options) -> LeviathanForCausalLM:
         "embedding_rank": 4,
         "initializer_range": 0.2,  # large enough for attention to matter
     }
+    return LeviathanConfig(**(sizes | options))
+
+
+def tiny(attn_implementation=None, **options) -> LeviathanForCausalLM:
     torch.manual_seed(0)
-    config = LeviathanConfig(**(sizes | options))
+    config = tiny_config(**options)
     if attn_implementation:
         config._attn_implementation = attn_implementation
-    return LeviathanForCausalLM(config).eval()
+    model = LeviathanForCausalLM(config).eval()
+    spread_embeddings(model.get_input_embeddings())
+    return model
+
+
+@torch.no_grad()
+def spread_embeddings(embedding):
+    """Gives every id an embedding of its own; at their initial values generated ones are nearly alike."""
+    if isinstance(embedding, SeparableEmbedding):
+        embedding.splines.normal_()  # factors of both signs: a product without a mean
+        embedding.norm_weight.fill_(3.0)
+        if embedding.residual_weight is not None:
+            embedding.residual_weight.mul_(0.05)  # linear in positive coordinates: mostly a mean
+    scale = 1 / embedding.weight.std(0).mean()
+    for name in ("out_weight", "residual_weight", "projection", "weight"):
+        if isinstance(parameter := embedding._parameters.get(name), torch.nn.Parameter):
+            parameter.mul_(scale)
 
 
 def tokens(batch=2, length=PREFIX + TARGET):
@@ -53,6 +74,30 @@ KINDS = {
 kinds = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
 # Flex attention on a CPU has no backward: what runs it runs without gradients.
 attentions = pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+
+
+@kinds
+def test_these_models_tell_ids_and_prefixes_apart(options):
+    """Or else the tests below could not fail."""
+    model, ids = tiny(**options), tokens()
+    for length in (None, PREFIX):
+        logits = model(ids, prefix_length=length).logits
+        assert logits.std(1).mean() > 0.1 * logits.std()
+    causal, prefixed = (model(ids, prefix_length=length).logits for length in (None, PREFIX))
+    assert (causal - prefixed)[:, PREFIX - 1 :].std() > 0.05 * causal.std()
+
+
+def test_an_untied_model_generates_otherwise_behind_a_prefix():
+    """Which a generated token that joined the prefix would change; a tied one mostly repeats itself."""
+    for options in (KINDS["separable"], KINDS["lookup"], KINDS["low_rank"]):
+        model, prompts = tiny(**options), tokens(8, PREFIX)
+        mask = torch.ones_like(prompts)
+        runs = [
+            model.generate(prompts, attention_mask=mask, max_new_tokens=6, do_sample=False, **prefix)[:, PREFIX:]
+            for prefix in ({}, {"prefix_length": PREFIX})
+        ]
+        assert not torch.equal(*runs)
+        assert runs[1].unique().numel() > 5
 
 
 @attentions
@@ -145,6 +190,14 @@ def test_packed_documents_do_not_see_each_other(attention, with_prefix):
     out = model(packed, position_ids=positions, token_type_ids=types if with_prefix else None, use_cache=False).logits
     alone = [model(d, prefix_length=3 if with_prefix else None).logits for d in documents]
     torch.testing.assert_close(out, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_packing_holds_for_the_default_call(training):
+    model, documents = tiny().train(training), [tokens(1, 5), tokens(1, 7)]
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents]).unsqueeze(0)
+    out = model(torch.cat(documents, 1), position_ids=positions).logits
+    torch.testing.assert_close(out, torch.cat([model(d).logits for d in documents], 1), rtol=1e-4, atol=1e-5)
 
 
 def test_documents_that_are_all_prefix_stay_apart():
@@ -267,7 +320,7 @@ def test_meta_device_loading(options, tmp_path):
 
 
 def test_initial_values_survive_post_init():
-    splines = tiny(embedding_seed_dim=32, embedding_rank=16).model.embed_tokens.splines
+    splines = LeviathanForCausalLM(tiny_config(embedding_seed_dim=32, embedding_rank=16)).model.embed_tokens.splines
     assert splines.mean().item() == pytest.approx(1.0, abs=0.01)
     assert splines.std().item() == pytest.approx(0.1, rel=0.1)
 
@@ -278,7 +331,9 @@ def test_bfloat16_is_close(options):
     exact = model(ids, prefix_length=PREFIX).logits
     low = model.to(torch.bfloat16)(ids, prefix_length=PREFIX).logits
     assert low.dtype == torch.bfloat16
-    assert (low.float() - exact).norm() / exact.norm() < 0.1
+    # Against what differs between positions: an error of the ids would be as large as that.
+    varying = exact - exact.mean((0, 1))
+    assert (low.float() - exact).norm() / varying.norm() < 0.15
 
 
 @kinds
@@ -321,7 +376,7 @@ def test_chunked_loss_equals_the_dense_one(options):
     out.loss.backward()
     expected.backward()
     for (name, a), b in zip(chunked.named_parameters(), dense.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, msg=name)
+        assert (a.grad - b.grad).norm() < 1e-4 * b.grad.norm(), name
 
 
 def test_chunked_loss_never_holds_all_logits():
@@ -385,6 +440,43 @@ def test_flash_attention_refuses_a_prefix():
         model(tokens(), prefix_length=PREFIX)
 
 
+def test_a_prefix_is_never_ignored_in_silence():
+    model, ids = tiny(), tokens()
+    expected = model(ids, prefix_length=PREFIX).logits
+    reused = StaticCache(config=model.config, max_cache_len=16)
+    model(ids, past_key_values=reused)
+    reused.reset()  # initialised, and empty
+    torch.testing.assert_close(
+        model(ids, prefix_length=PREFIX, past_key_values=reused).logits, expected, rtol=1e-4, atol=1e-5
+    )
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :2], past_key_values=cache)
+    with pytest.raises(ValueError, match="holds 2 tokens already"):
+        model(ids[:, 2:], prefix_length=3, past_key_values=cache)
+    with pytest.raises(ValueError, match="would decide alone"):
+        model(ids, prefix_length=PREFIX, attention_mask=torch.zeros(2, 1, 9, 9))
+    with pytest.raises(ValueError, match="exceeds the 9 tokens"):
+        model(ids, prefix_length=10)
+    mask = torch.ones_like(ids)
+    for options in ({"use_cache": True}, {"use_cache": False}, {"cache_implementation": "static"}):
+        with pytest.raises(ValueError, match="exceeds the 9 tokens"):
+            model.generate(ids, attention_mask=mask, prefix_length=10, max_new_tokens=3, **options)
+    with pytest.raises(ValueError, match="exceeds the 4 tokens"):
+        model.generate(ids, attention_mask=mask, prefix_length=9, max_new_tokens=3, prefill_chunk_size=4)
+
+
+def test_generation_from_embeddings():
+    model, ids = tiny(), tokens(2, PREFIX)
+    options = {"attention_mask": torch.ones_like(ids), "prefix_length": PREFIX, "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(ids, **options)[:, PREFIX:]
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embedded, **options), expected)
+
+
+def test_low_rank_has_a_default_rank():
+    assert LeviathanConfig(vocab_size=500, embedding_type="low_rank").embedding_rank == 64
+
+
 def test_config_is_typed_and_complete(tmp_path):
     config = LeviathanConfig(vocab_size=65_536)
     assert (config.embedding_base, config.embedding_num_digits) == (256, 2)
@@ -392,6 +484,9 @@ def test_config_is_typed_and_complete(tmp_path):
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["model_type"] == "leviathan"
     assert stored["embedding_base"] == 256
+    assert stored["embedding_low_digit"] == "plain"
+    assert (stored["embedding_num_knots"], stored["embedding_seed_bias"]) == (16, False)
+    assert LeviathanConfig(vocab_size=65_536, embedding_variant="v1").embedding_num_knots == 32
     assert LeviathanConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
 
 
@@ -419,5 +514,22 @@ def test_bad_input():
         model(ids, prefix_length=3, token_type_ids=torch.ones_like(ids))
     with pytest.raises(ValueError, match="prefix_length = -1"):
         model(ids, prefix_length=-1)
+    with pytest.raises(ValueError, match="logits_to_keep has shape"):
+        model(ids, logits_to_keep=torch.zeros(2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"shape \(3,\); expected an integer or one for each of the 2 rows"):
         model(ids, prefix_length=torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_a_gpu_computes_what_the_cpu_does(attention):
+    model, ids = tiny(), tokens()
+    expected = model(ids, prefix_length=PREFIX, labels=ids)
+    expected.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    other = tiny(attention).cuda()
+    out = other(ids.cuda(), prefix_length=PREFIX, labels=ids.cuda())
+    out.loss.backward()
+    torch.testing.assert_close(out.logits.cpu(), expected.logits, rtol=1e-3, atol=1e-4)
+    for a, b in zip(other.parameters(), gradients, strict=True):
+        torch.testing.assert_close(a.grad.cpu(), b, rtol=1e-2, atol=1e-4)

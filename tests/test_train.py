@@ -92,29 +92,30 @@ def copied(settings, **training):
 
 @pytest.mark.parametrize("offsets", ["random", "grid"])
 def test_resumed_equals_unbroken_training(settings, tmp_path, monkeypatch, offsets):
+    """Broken off in the middle, with a half-written checkpoint left behind; on the grid it crosses an epoch."""
     if offsets == "grid":
         settings["data"] |= {"offsets": "grid", "symmetries": False}
+        settings["training"] |= {"per_device_train_batch_size": 20}  # 160 pairs: the 9th step starts the next epoch
     report = train.run(copied(settings, output_dir=str(tmp_path / "whole")))
     broken = copied(settings, output_dir=str(tmp_path / "broken"), resume_from_checkpoint=True)
-    original = train.JsonLog.on_train_begin
-
-    def interrupt(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
-        kwargs_callbacks.append(state)
-
-    kwargs_callbacks = []
-    monkeypatch.setattr(train.JsonLog, "on_train_begin", interrupt)
-    monkeypatch.setattr(train.JsonLog, "on_step_end", StopAt(8).on_step_end, raising=False)
-    with pytest.raises(KeyboardInterrupt):
-        train.run(copied(broken))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.JsonLog, "on_step_end", StopAt(8).on_step_end, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(copied(broken))
     assert not (tmp_path / "broken" / "training.json").exists()
-    monkeypatch.undo()
+    (tmp_path / "broken" / "checkpoint-12").mkdir()
     again = train.run(copied(broken))
+    assert again["resumed_from_step"] == 6
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 12
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(weights(tmp_path / "broken")[name], value), name
     assert again["validation"][-1]["loss"] == report["validation"][-1]["loss"]
+    seconds = [run["tokens_per_second"] for run in (again, report)]
+    assert max(seconds) < 20 * min(seconds)  # of the steps that this part took, not of all
     assert train.run(copied(broken)) == json.loads((tmp_path / "broken" / "training.json").read_text())
+    assert not list(tmp_path.glob("*/training_args.bin"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "broken").config.use_cache
 
 
 def test_it_learns_and_what_it_saves_loads(settings):
@@ -139,23 +140,23 @@ def test_it_learns_and_what_it_saves_loads(settings):
 def test_evaluation_by_chunks_is_the_plain_one(settings, monkeypatch):
     parts = train.build(copied(settings))
     trainer = train.FieldTrainer(
-        model=parts["model"], args=parts["args"], eval_dataset=parts["validation"], processing_class=parts["tokenizer"]
+        model=parts.model, args=parts.args, eval_dataset=parts.validation, processing_class=parts.tokenizer
     )
-    batch = {k: torch.stack([parts["validation"][i][k] for i in range(4)]) for k in parts["validation"][0]}
-    model = parts["model"].eval()
+    batch = {k: torch.stack([parts.validation[i][k] for i in range(4)]) for k in parts.validation[0]}
+    model = parts.model.eval()
     monkeypatch.setattr(train, "EVALUATION_CHUNK", 7)
     loss, expected, labels = trainer.prediction_step(model, batch, False)
     with torch.no_grad():
         out = model(**batch)
     torch.testing.assert_close(loss, out.loss)
-    half = parts["tokenizer"].tokens_per_patch
+    half = parts.tokenizer.tokens_per_patch
     probability = out.logits[:, half - 1 : -1].double().softmax(-1)
     torch.testing.assert_close(expected, probability @ torch.arange(32, dtype=torch.float64))
     assert torch.equal(labels, batch["input_ids"][:, half:])
 
 
 def test_loss_is_on_the_next_state_alone_and_accumulation_changes_nothing(settings, tmp_path):
-    item = train.build(copied(settings))["train"][0]
+    item = train.build(copied(settings)).train[0]
     assert (item["labels"][:16] == -100).all()
     assert torch.equal(item["labels"][16:], item["input_ids"][16:])
     one = train.run(copied(settings, output_dir=str(tmp_path / "one"), max_steps=3))
@@ -172,14 +173,14 @@ def test_the_embedding_has_its_own_learning_rate_and_no_decay(settings):
     settings["training"] |= {"embedding_learning_rate": 7e-3, "weight_decay": 0.1}
     parts = train.build(copied(settings))
     trainer = train.FieldTrainer(
-        model=parts["model"], args=parts["args"], eval_dataset=parts["validation"], processing_class=parts["tokenizer"]
+        model=parts.model, args=parts.args, eval_dataset=parts.validation, processing_class=parts.tokenizer
     )
     groups = trainer.create_optimizer().param_groups
-    embedding = {id(p) for p in parts["model"].get_input_embeddings().parameters()}
+    embedding = {id(p) for p in parts.model.get_input_embeddings().parameters()}
     (own,) = [g for g in groups if {id(p) for p in g["params"]} == embedding]
     assert (own["lr"], own["weight_decay"]) == (7e-3, 0.0)
     assert {g["lr"] for g in groups if g is not own} == {3e-3}
-    assert sum(len(g["params"]) for g in groups) == len(list(parts["model"].parameters()))
+    assert sum(len(g["params"]) for g in groups) == len(list(parts.model.parameters()))
     assert any(g["weight_decay"] == 0.1 for g in groups)
 
 
@@ -194,30 +195,66 @@ def test_reference_scores():
 
 def test_dry_run_counts_parameters_and_tokens(settings, capsys):
     plan = train.run(copied(settings), dry_run=True)
-    model = train.build(copied(settings))["model"]
+    model = train.build(copied(settings)).model
     assert plan["num_parameters"] == sum(p.numel() for p in model.parameters())
     assert plan["num_parameters"] == sum(plan[f"{part}_parameters"] for part in ("embedding", "head", "backbone"))
     assert plan["total_tokens"] == 12 * 4 * 32
     assert "num_parameters" in capsys.readouterr().out
     assert not Path(settings["training"]["output_dir"]).exists()
+    settings["data"]["path"] = "nowhere.hdf5"  # counting needs no data
+    assert train.run(copied(settings), dry_run=True) == plan
 
 
-def test_a_run_is_not_overwritten(settings):
+def test_a_run_is_not_overwritten(settings, flow, tmp_path):
     train.run(copied(settings, max_steps=1))
     with pytest.raises(ValueError, match="holds a run already"):
         train.run(copied(settings, max_steps=1))
-    with pytest.raises(ValueError, match=r"other settings \(training.max_steps\)"):
+    with pytest.raises(ValueError, match=r"\(settings.training.max_steps\)"):
         train.run(copied(settings, max_steps=2, resume_from_checkpoint=True))
+    with pytest.raises(ValueError, match="expected true"):
+        train.run(copied(settings, max_steps=1, resume_from_checkpoint="checkpoint-1"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="none of ours"):
+        train.run(copied(settings, output_dir=str(tmp_path / "model")))
+
+
+def test_other_data_behind_the_same_path_is_noticed(settings, tmp_path):
+    settings["data"]["path"] = str(tmp_path / "flow.hdf5")
+    flow = {"num_trajectories": 4, "num_grid": 16, "viscosity": 2e-3, "num_snapshots": 3}
+    write_fields(tmp_path / "flow.hdf5", FlowSettings(**flow, dt_save=0.02), progress=False)
+    train.run(copied(settings, max_steps=1))
+    (tmp_path / "flow.hdf5").unlink()
+    write_fields(tmp_path / "flow.hdf5", FlowSettings(**flow, dt_save=0.03), progress=False)
+    with pytest.raises(ValueError, match=r"data.dt_save"):
+        train.run(copied(settings, max_steps=1, resume_from_checkpoint=True))
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(settings, monkeypatch):
+    settings["training"]["use_cpu"] = False
+    train.build(copied(settings))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as launchers set it
+    with pytest.raises(ValueError, match="2 processes were launched and 1 joined"):
+        train.build(copied(settings))
+
+
+def test_evaluation_has_the_precision_of_training(settings, monkeypatch):
+    settings["training"]["bf16"] = True
+    parts = train.build(copied(settings))
+    trainer = train.FieldTrainer(
+        model=parts.model, args=parts.args, eval_dataset=parts.validation, processing_class=parts.tokenizer
+    )
+    seen = []
+    parts.model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda m, i, out: seen.append(out.dtype))
+    trainer.evaluate()
+    assert set(seen) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("turbulence_*.yaml")), ids=lambda p: p.name)
-def test_configs_are_valid(config, flow, tmp_path):
+def test_configs_are_valid(config, tmp_path):
     allowed = train.allowed_keys()
-    flags = ["--data.path", str(flow), "--training.output_dir", str(tmp_path), "--data.offsets", "random"]
-    settings = read_settings(config, [*flags, "--training.use_cpu", "true", "--training.bf16", "false"], allowed)
-    settings["tokenizer"]["patch_size"] = 8  # fits the tiny grid
-    settings["data"]["fractions"] = [0.5, 0.25, 0.25]
-    plan = train.run(settings, dry_run=True)
+    flags = ["--training.output_dir", str(tmp_path), "--training.use_cpu", "true", "--training.bf16", "false"]
+    plan = train.run(read_settings(config, flags, allowed), dry_run=True)
     assert plan["num_parameters"] > 0
 
 
@@ -264,13 +301,13 @@ def test_missing_data_and_config_are_said_plainly(settings, tmp_path):
 
 
 def test_two_processes_train_as_one(settings, tmp_path):
-    """The command of the README, with gloo between two processes: each takes half of every batch."""
+    """With gloo between two processes, each of which takes half of every batch."""
     one = copied(settings, output_dir=str(tmp_path / "one"), max_steps=2, eval_strategy="no", save_strategy="no")
     train.run(copied(one))
     two = copied(one, output_dir=str(tmp_path / "two"), per_device_train_batch_size=2, ddp_backend="gloo")
     file = tmp_path / "two.yaml"
     file.write_text(yaml.safe_dump(two))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29577"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     subprocess.run(
         [*command, "-m", "training.train", "--config", str(file)], cwd=ROOT, env=environment, check=True, timeout=240

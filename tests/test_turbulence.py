@@ -263,7 +263,7 @@ def test_interrupted_generation_goes_on_to_the_same_file(tmp_path, monkeypatch):
     monkeypatch.setattr(
         turbulence,
         "initial_vorticity",
-        lambda n, which, seed: made.extend(which) or initial_vorticity(n, which, seed=seed),
+        lambda n, which, **options: made.extend(which) or initial_vorticity(n, which, **options),
     )
     write_fields(broken, SMALL, batch_size=3, progress=False)
     assert made == [2, 3, 4]
@@ -339,6 +339,7 @@ def test_unstable_flow_names_the_remedy():
         (lambda: initial_vorticity(12, [0]), "num_grid = 12 must be more than 3"),
         (lambda: FlowSettings(num_snapshots=0), "num_snapshots = 0 must be positive"),
         (lambda: FlowSettings(seed=-1), "seed = -1 must be not negative"),
+        (lambda: FlowSettings(k_tot=0), "k_tot = 0 must be at least 1"),
         (lambda: FlowSettings(forcing="wind"), "forcing = wind must be one of none, kolmogorov, band"),
         (lambda: FlowSettings(forcing_wavenumber=30), "forcing_wavenumber = 30 must be between 1 and a third of 64"),
         (lambda: next(simulate(VorticitySolver(32, 0.1, 0.03), torch.zeros(1, 32, 32), 0.1, 2)), "dt_save / n"),

@@ -1,5 +1,7 @@
 """The wheel holds the two libraries and nothing else, and works where only its own requirements are installed."""
 
+import ast
+import re
 import subprocess
 import sys
 import venv
@@ -28,6 +30,21 @@ def test_names(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
     here = {str(p.relative_to(ROOT)) for package in ("leviathan", "sna_core") for p in (ROOT / package).rglob("*.py")}
     assert here <= set(names)
+
+
+def test_every_import_is_a_declared_requirement(wheel):
+    metadata = next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("METADATA"))
+    lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
+    required = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    core = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in required if "extra ==" not in line}
+    imported = set()
+    for path in [*(ROOT / "leviathan").rglob("*.py"), *(ROOT / "sna_core").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    assert imported - set(sys.stdlib_module_names) - {"leviathan", "sna_core"} <= core
 
 
 def test_installed_into_a_clean_environment_it_imports(wheel, tmp_path):

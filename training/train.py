@@ -3,13 +3,16 @@
     accelerate launch -m training.train --config training/configs/turbulence_tiny_cpu.yaml [--training.max_steps 100]
 
 A config has four sections: `data` (DataSettings below), `tokenizer` (leviathan.FieldTokenizer), `model`
-(leviathan.LeviathanConfig) and `training` (transformers.TrainingArguments and what TrainingSettings adds). The loop,
-mixed precision, accumulation, checkpoints, resume and trackers are transformers' Trainer's.
+(leviathan.LeviathanConfig, and attn_implementation) and `training` (transformers.TrainingArguments and what
+TrainingSettings adds). The loop, mixed precision, accumulation, checkpoints, resume and trackers are transformers'
+Trainer's.
 """
 
 import dataclasses
 import inspect
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,20 +20,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from torch.utils.data import Dataset, SequentialSampler, Subset
 from transformers import (
+    AutoModelForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from leviathan import FieldTokenizer, LeviathanConfig, LeviathanForCausalLM
 from training.fields import FieldFile, PatchPairs, sample_snapshots, split_trajectories
-from training.provenance import provenance, write_json
+from training.provenance import provenance, relative, write_json
 from training.settings import Settings, parse_arguments
 
 EVALUATION_CHUNK = 4096  # tokens whose logits exist at one time during evaluation
@@ -78,12 +80,12 @@ class TrainingSettings(TrainingArguments):
 def allowed_keys() -> dict[str, list[str]]:
     """The keys of each section of a config."""
     derived = {"vocab_size", "max_position_embeddings", "embedding_base", "embedding_num_digits"}  # by the tokenizer
-    config = [f.name for f in dataclasses.fields(LeviathanConfig) if f.name not in derived]
+    config = [name for name in inspect.get_annotations(LeviathanConfig) if name not in derived]
     tokenizer = [name for name, p in inspect.signature(FieldTokenizer).parameters.items() if p.kind != p.VAR_KEYWORD]
     return {
         "data": [f.name for f in dataclasses.fields(DataSettings)],
         "tokenizer": tokenizer,
-        "model": config,
+        "model": [*config, "attn_implementation"],
         "training": [f.name for f in dataclasses.fields(TrainingSettings) if f.init],
     }
 
@@ -126,7 +128,7 @@ class FieldTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"][:, 1:]
         unwrapped = self.accelerator.unwrap_model(model)
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():  # the wrapped forward's, which this goes past
             hidden = unwrapped.model(
                 input_ids=inputs["input_ids"], token_type_ids=inputs["token_type_ids"], use_cache=False
             ).last_hidden_state[:, :-1]
@@ -211,19 +213,59 @@ def describe(model: LeviathanForCausalLM, args: TrainingArguments, tokens_per_it
         "head_parameters": head,
         "backbone_parameters": total - embedding - head,
         "tokens_per_step": items * tokens_per_item,
-        "total_tokens": items * tokens_per_item * max(args.max_steps, 0),
-        "tokens_per_parameter": items * tokens_per_item * max(args.max_steps, 0) / total,
+        "total_tokens": items * tokens_per_item * args.max_steps,
+        "tokens_per_parameter": items * tokens_per_item * args.max_steps / total,
         "estimated_gib": (16 * total + batch_tokens * token + logits) / 2**30,
     }
 
 
-def build(settings: Settings) -> dict[str, Any]:
-    """Everything that the settings describe: arguments, tokenizer, datasets, model."""
-    data = DataSettings(**settings["data"])
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of. Attributes as in transformers.Trainer, `data` the settings of that name."""
+
+    args: TrainingSettings
+    data: DataSettings
+    fields: FieldFile
+    tokenizer: FieldTokenizer
+    train: PatchPairs
+    validation: Subset
+    model: LeviathanForCausalLM
+
+
+def build_arguments(settings: Settings) -> TrainingSettings:
+    """The arguments of transformers' Trainer, checked for what would train something else than asked for.
+
+    Raises:
+        ValueError: Without a number of steps, or if processes were launched that do not know of each other.
+    """
     args = TrainingSettings(**{"remove_unused_columns": False, "report_to": "none"} | settings["training"])
     if args.max_steps < 1:
         raise ValueError(f"training.max_steps = {args.max_steps}; give the number of optimizer steps.")
-    set_seed(args.seed)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise ValueError(
+            f"{launched} processes were launched and {args.world_size} joined: each would train alone into one folder. "
+            "On CPUs pass --training.use_cpu true --training.ddp_backend gloo."
+        )
+    return args
+
+
+def build_model(settings: Settings, tokenizer: FieldTokenizer, seed: int) -> LeviathanForCausalLM:
+    """The model of the settings for the tokenizer's vocabulary and patch, with initial values from the seed."""
+    options = dict(settings["model"])
+    attention = options.pop("attn_implementation", None)
+    if options.get("embedding_type", "separable") == "separable":
+        options["embedding_base"] = tokenizer.base
+    config = LeviathanConfig(
+        vocab_size=tokenizer.vocab_size, max_position_embeddings=2 * tokenizer.tokens_per_patch, **options
+    )
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+def build(settings: Settings) -> Parts:
+    """Everything that the settings describe."""
+    args, data = build_arguments(settings), DataSettings(**settings["data"])
     fields = FieldFile(data.path)
     split = split_trajectories(fields.num_trajectories, tuple(data.fractions), data.split_seed)
     tokenizer = FieldTokenizer(**settings["tokenizer"])
@@ -240,79 +282,86 @@ def build(settings: Settings) -> dict[str, Any]:
     train = PatchPairs(fields, split.train, tokenizer, **options)
     pairs = PatchPairs(fields, split.validation, tokenizer, stride=data.stride)
     chosen = np.random.default_rng(data.split_seed).permutation(len(pairs))[: data.num_validation_items]
-    config = LeviathanConfig(
-        vocab_size=tokenizer.vocab_size,
-        max_position_embeddings=2 * tokenizer.tokens_per_patch,
-        **(
-            {"embedding_base": tokenizer.base} if settings["model"].get("embedding_type") in (None, "separable") else {}
-        ),
-        **settings["model"],
-    )
-    return {
-        "args": args,
-        "data": data,
-        "fields": fields,
-        "tokenizer": tokenizer,
-        "train": train,
-        "validation": Subset(pairs, np.sort(chosen).tolist()),
-        "model": LeviathanForCausalLM(config),
+    model = build_model(settings, tokenizer, args.seed)
+    return Parts(args, data, fields, tokenizer, train, Subset(pairs, np.sort(chosen).tolist()), model)
+
+
+def record_of(settings: Settings, parts: Parts) -> dict[str, Any]:
+    """What must not change between the parts of one run: the settings, the processes and the data behind the path."""
+    fields = parts.fields
+    data = {
+        "num_trajectories": fields.num_trajectories,
+        "num_snapshots": fields.num_snapshots,
+        "grid": list(fields.grid),
+        "dt_save": fields.dt_save,
+        "attributes": json.loads(json.dumps(fields.attributes, default=str)),
     }
+    return {"settings": settings, "num_processes": parts.args.world_size, "data": data}
 
 
-def check_resume(output: Path, settings: Settings, resume: bool) -> str | None:
-    """The checkpoint to go on from, if any.
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if before == now else [name]
+
+
+def check_resume(output: Path, record: dict[str, Any], resume: bool) -> Path | None:
+    """The newest whole checkpoint to go on from, if any; one whose writing was interrupted is deleted.
 
     Raises:
-        ValueError: If the folder holds a run that must not be overwritten, or one with other settings.
+        ValueError: If the folder holds something that must not be overwritten, or a run with another record.
     """
-    record = output / "settings.yaml"
-    if not record.exists():
+    written = output / "run.json"
+    if not written.exists():
+        if (output / "config.json").exists():
+            raise ValueError(f"{output} holds a model that is none of ours to overwrite; choose another folder.")
         return None
     if not resume:
         raise ValueError(
             f"{output} holds a run already; go on with --training.resume_from_checkpoint true, or choose another "
             "--training.output_dir."
         )
-    before = yaml.safe_load(record.read_text())
-    differ = [
-        f"{section}.{key}"
-        for section in settings
-        for key in settings[section].keys() | before[section].keys()
-        if settings[section].get(key) != before[section].get(key)
-    ]
-    if differ:
+    if differ := _differences(json.loads(written.read_text()), record):
         raise ValueError(
-            f"{output} was trained with other settings ({', '.join(sorted(differ))}); restore them, delete the folder "
-            "or choose another --training.output_dir."
+            f"{output} was trained with other settings or data ({', '.join(differ)}); restore them, delete the "
+            "folder or choose another --training.output_dir."
         )
-    return get_last_checkpoint(str(output))
+    checkpoints = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+    for checkpoint in reversed(checkpoints):
+        if (checkpoint / "trainer_state.json").exists():  # the Trainer writes it last
+            return checkpoint
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
 
 
-def finish(trainer: FieldTrainer, parts: dict[str, Any], report: dict[str, Any], log: JsonLog) -> dict[str, Any]:
+def finish(trainer: FieldTrainer, parts: Parts, report: dict[str, Any], log: JsonLog, first: int) -> dict[str, Any]:
     """Saves model, tokenizer and `training.json`; returns what the latter holds."""
-    args, data = parts["args"], parts["data"]
+    args, data, steps = parts.args, parts.data, trainer.state.global_step
+    parts.model.config.use_cache = True  # the Trainer turned it off
     trainer.save_model(args.output_dir)
-    parts["tokenizer"].save_pretrained(args.output_dir)
+    (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle; training.json says it all
     rows = log.rows()
     validation = [
         {"step": row["step"], **{k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}}
         for row in rows
         if "eval_loss" in row
     ]
-    # A run that was interrupted has one such row for each part.
-    seconds = sum(row["train_runtime"] for row in rows if "train_runtime" in row)
+    # Of this part of the run, if it was resumed; without evaluation.
+    seconds = rows[-1]["train_runtime"] - sum(row["runtime"] for row in validation if row["step"] > first)
     report |= {
-        "data": data.path,
-        "dt_save": parts["fields"].dt_save * data.stride,
+        "data": relative(data.path),
+        "dt_save": parts.fields.dt_save * data.stride,
         "stride": data.stride,
         "split": {"fractions": list(data.fractions), "seed": data.split_seed},
-        "steps": trainer.state.global_step,
+        "steps": steps,
+        "resumed_from_step": first,
         "seconds": seconds,
-        "tokens_per_second": trainer.state.global_step * report["tokens_per_step"] / seconds if seconds else None,
+        "tokens_per_second": (steps - first) * report["tokens_per_step"] / seconds if steps > first else None,
         "validation": validation,
         "seed": args.seed,
-        "embedding_type": parts["model"].config.embedding_type,
-        "provenance": provenance(),
+        "embedding_type": parts.model.config.embedding_type,
+        "provenance": provenance(args.seed),
     }
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir) / "training.json", report)
@@ -326,38 +375,51 @@ def run(settings: Settings, dry_run: bool = False) -> dict[str, Any]:
         ValueError: On settings that do not fit each other or the data, or a folder that must not be overwritten.
         OSError: If the data cannot be read.
     """
-    # YAML gives a truth value where TrainingArguments expects a path.
-    resume = str(settings["training"].pop("resume_from_checkpoint", False)).lower() == "true"
-    parts = build(settings)
-    args, model, tokenizer = parts["args"], parts["model"], parts["tokenizer"]
-    report = describe(model, args, 2 * tokenizer.tokens_per_patch)
     if dry_run:
-        for name, value in report.items():
-            print(f"{name:>24} {value:,.2f}" if isinstance(value, float) else f"{name:>24} {value:,}")
-        return report
-    output = Path(args.output_dir)
-    checkpoint = check_resume(output, settings, resume)
-    if checkpoint is not None and (output / "training.json").exists():
+        return plan(settings)
+    settings = settings | {"training": dict(settings["training"])}
+    # YAML gives a truth value where TrainingArguments expects a path.
+    resume = settings["training"].pop("resume_from_checkpoint", False)
+    if str(resume).lower() not in ("true", "false"):
+        raise ValueError(f"resume_from_checkpoint = {resume!r}; expected true (the newest of output_dir) or false.")
+    parts = build(settings)
+    args, tokenizer, output = parts.args, parts.tokenizer, Path(parts.args.output_dir)
+    record = record_of(settings, parts)
+    checkpoint = check_resume(output, record, str(resume).lower() == "true")
+    if (output / "training.json").exists():
         print(f"{output}: trained already; delete the folder to train again")
         return json.loads((output / "training.json").read_text())
     log = JsonLog(output / "log.jsonl")
     trainer = FieldTrainer(
-        model=model,
+        model=parts.model,
         args=args,
-        train_dataset=parts["train"],
-        eval_dataset=parts["validation"],
+        train_dataset=parts.train,
+        eval_dataset=parts.validation,
         data_collator=default_data_collator,
         processing_class=tokenizer,
         compute_metrics=lambda p: {"nrmse": nrmse(p.predictions, p.label_ids, tokenizer)},
         callbacks=[log],
     )
+    if trainer.is_fsdp_enabled:
+        raise ValueError("evaluation goes past the sharded root of FSDP; use DDP or DeepSpeed (deepspeed_zero2.yaml).")
+    report = describe(parts.model, args, 2 * tokenizer.tokens_per_patch) | reference_scores(parts.validation, tokenizer)
     trainer.accelerator.wait_for_everyone()  # all have looked at the folder before one writes to it
     if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "settings.yaml").write_text(yaml.safe_dump(settings))
-    report |= reference_scores(parts["validation"], tokenizer)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return finish(trainer, parts, report, log)
+        write_json(output / "run.json", record)
+    first = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return finish(trainer, parts, report, log, first)
+
+
+def plan(settings: Settings) -> dict[str, Any]:
+    """Prints what would be trained, without a look at the data, and returns it."""
+    settings = settings | {"training": {k: v for k, v in settings["training"].items() if k != "resume_from_checkpoint"}}
+    args, tokenizer = build_arguments(settings), FieldTokenizer(**settings["tokenizer"])
+    DataSettings(**settings["data"])
+    report = describe(build_model(settings, tokenizer, args.seed), args, 2 * tokenizer.tokens_per_patch)
+    for name, value in report.items():
+        print(f"{name:>24} {value:,.2f}" if isinstance(value, float) else f"{name:>24} {value:,}")
+    return report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -365,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known, settings = parse_arguments(__doc__.splitlines()[0], allowed_keys(), arguments)
     try:
         run(settings, dry_run=known.dry_run)
-    except (ValueError, OSError, TypeError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
