@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from leviathan import FieldTokenizer, LeviathanConfig, LeviathanForCausalLM
+from sna_core import SeparableEmbedding
 from training.settings import read_settings
 from training.train import allowed_keys
 from training.turbulence import FlowSettings, write_fields
@@ -65,7 +66,8 @@ def test_snippets_run_as_written(tmp_path, monkeypatch):
 
 
 def commands():
-    lines = [line.split("#")[0].strip() for fence in fences("bash") for line in fence.splitlines()]
+    joined = [fence.replace("\\\n", " ") for fence in fences("bash")]
+    lines = [line.split("#")[0].strip() for fence in joined for line in fence.splitlines()]
     return [line for line in lines if line]
 
 
@@ -83,6 +85,11 @@ def test_commands_name_what_exists(line):
     if module == "training.train":
         flags = words[words.index("--config") + 2 :]
         read_settings(ROOT / words[words.index("--config") + 1], [f for f in flags if f != "--dry-run"], allowed_keys())
+
+
+def test_the_sizes_it_names():
+    parameters = sum(p.numel() for p in SeparableEmbedding(65_536, 512, device="meta").parameters())
+    assert f"{parameters / 1e6:.1f} million parameters instead of {65_536 * 512 / 1e6:.1f}" in README
 
 
 def test_links_and_map_name_files_that_exist():

@@ -335,20 +335,19 @@ def check_resume(output: Path, record: dict[str, Any], resume: bool) -> Path | N
     return None
 
 
-def finish(trainer: FieldTrainer, parts: Parts, report: dict[str, Any], log: JsonLog, first: int) -> dict[str, Any]:
+def finish(trainer: FieldTrainer, parts: Parts, report: dict[str, Any], seconds: float, first: int) -> dict[str, Any]:
     """Saves model, tokenizer and `training.json`; returns what the latter holds."""
     args, data, steps = parts.args, parts.data, trainer.state.global_step
     parts.model.config.use_cache = True  # the Trainer turned it off
     trainer.save_model(args.output_dir)
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle; training.json says it all
-    rows = log.rows()
     validation = [
         {"step": row["step"], **{k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}}
-        for row in rows
+        for row in trainer.state.log_history
         if "eval_loss" in row
     ]
     # Of this part of the run, if it was resumed; without evaluation.
-    seconds = rows[-1]["train_runtime"] - sum(row["runtime"] for row in validation if row["step"] > first)
+    seconds -= sum(row["runtime"] for row in validation if row["step"] > first)
     report |= {
         "data": relative(data.path),
         "dt_save": parts.fields.dt_save * data.stride,
@@ -389,7 +388,6 @@ def run(settings: Settings, dry_run: bool = False) -> dict[str, Any]:
     if (output / "training.json").exists():
         print(f"{output}: trained already; delete the folder to train again")
         return json.loads((output / "training.json").read_text())
-    log = JsonLog(output / "log.jsonl")
     trainer = FieldTrainer(
         model=parts.model,
         args=args,
@@ -398,7 +396,7 @@ def run(settings: Settings, dry_run: bool = False) -> dict[str, Any]:
         data_collator=default_data_collator,
         processing_class=tokenizer,
         compute_metrics=lambda p: {"nrmse": nrmse(p.predictions, p.label_ids, tokenizer)},
-        callbacks=[log],
+        callbacks=[JsonLog(output / "log.jsonl")],
     )
     if trainer.is_fsdp_enabled:
         raise ValueError("evaluation goes past the sharded root of FSDP; use DDP or DeepSpeed (deepspeed_zero2.yaml).")
@@ -407,8 +405,8 @@ def run(settings: Settings, dry_run: bool = False) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_json(output / "run.json", record)
     first = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return finish(trainer, parts, report, log, first)
+    seconds = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics["train_runtime"]
+    return finish(trainer, parts, report, seconds, first)
 
 
 def plan(settings: Settings) -> dict[str, Any]:
