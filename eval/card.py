@@ -6,12 +6,14 @@ Every number is read from these records, and one that is not there is said to be
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.metrics import PAPER_METRICS
+from training.turbulence import FlowSettings
 
 Record = Mapping[str, Any]
 
@@ -31,7 +33,9 @@ def verdict(results: Record, row: str, reference: str, metric: str, step: int) -
     """Says whether a row scores better or worse than a reference, or like it: flow by flow, the difference may be 0."""
     difference = results["comparisons"][row][reference][metric]
     index = step - 1
-    if difference["low"] and difference["low"][index] <= 0 <= difference["high"][index]:
+    if difference["low"] is None:
+        return f"one flow: no verdict on {reference}"
+    if difference["low"][index] <= 0 <= difference["high"][index]:
         return f"like {reference}"
     return f"{'better' if difference['mean'][index] < 0 else 'worse'} than {reference}"
 
@@ -58,7 +62,9 @@ def summary_text(results: Record, training: Record | None) -> str:
             "",
             f"Trained   Leviathan of {value(results, 'model.num_parameters', '{:,}')} parameters, embedding "
             f"{value(results, 'model.embedding_type')}: steps {value(training, 'steps', '{:,}')}, "
-            f"minutes {value(minutes, 'minutes', '{:.1f}')}",
+            f"minutes {value(minutes, 'minutes', '{:.1f}')}"
+            + f" (those from step {training.get('resumed_from_step')} on)"
+            * bool(training.get("resumed_from_step")),
             f"          validation loss {value(final, 'loss', '{:.3f}')} nat/token; a model that looks at nothing has "
             f"{value(training, 'marginal_entropy', '{:.3f}')}",
             f"          one step ahead, earlier tokens given: nRMSE {value(final, 'nrmse', '{:.3f}')}; persistence "
@@ -70,8 +76,9 @@ def summary_text(results: Record, training: Record | None) -> str:
             *(line(metric, step) for metric in ("nrmse", "correlation") for step in sorted({1, last})),
             *(line(metric, last) for metric in PAPER_METRICS),
             "",
-            "  Best is 0, for correlation 1. The noise floor is the score of one true flow against another: below it a",
-            '  score proves nothing. "Like": the 95 % interval of the difference, flow by flow, holds 0.',
+            "  Best is 0, for correlation 1. The noise floor of a statistic is the score of one true flow against",
+            '  another: below it a score proves nothing. "Like": the 95 % interval (Student) of the difference over',
+            f"  {len(config['trajectories'])} flows holds 0.",
             f"  Jump across patch borders at step {last}: {rows[headline]['metrics']['border_jump']['mean'][-1]:.3g} "
             f"times that inside; in the truth {results['truth']['border_jump'][-1]:.3g}",
             f"  Speed of the rollout: {value(rows[headline], 'tokens_per_second', '{:,.0f}')} tokens per second",
@@ -161,7 +168,8 @@ fields = leviathan.rollout(model, tokenizer, vorticity, num_steps=20)  # (B, H, 
   be known, and patches need not fit together; the last column of the tables measures it.
 - Values outside the quantiser's range are clipped: here a fraction {value(results, "clipped.fraction", "{:.2g}")} \
 of the true ones.
-- Intervals are over flows ({len(config["trajectories"])} of them); those from few flows are too narrow.
+- Intervals in the tables are bootstraps over flows ({len(config["trajectories"])} of them); those from few flows are \
+too narrow.
 
 ## Data
 
@@ -170,7 +178,8 @@ of the true ones.
 | source | {source} |
 | file | `{config["data"]}` |
 | flows | {value(data, "num_trajectories")}, on a grid of {data["grid"][0]} x {data["grid"][1]} |
-| time from a state to the next | {value(data, "dt", "{:.3g}")} |
+| time from a state to the next | {value(data, "dt", "{:.3g}")}, in which the flow moves by \
+{value(data, "pixels_per_step", "{:.2g}")} pixels on average |
 | split by flow | fractions {value(training, "split.fractions")}, seed {value(training, "split.seed")} |
 | evaluated | {config["split"]} split, {len(config["trajectories"])} flows |
 
@@ -186,7 +195,8 @@ are fitted over wavenumbers {results["slope_band"][0]} to {results["slope_band"]
 - persistence: nothing moves
 - climatology: a training flow at the same time
 - quantise only: the truth through the tokenizer and back
-- noise floor: one true flow against another; below it a score proves nothing
+- noise floor, of statistics: one true flow against another; below it a score proves nothing
+- CRPS: of the ensemble of {_members(results)}; of one member it is the mean absolute error
 
 {tables}
 
@@ -195,12 +205,12 @@ Rollout: {_speeds(results)}. Three principal components hold {share} the varianc
 ## Reproduce
 
 ```bash
-{value(training, "provenance.command")}
+{_data_command(config, data)}{value(training, "provenance.command")}
 {value(made, "command")}
 ```
 
 Evaluated on {value(made, "hardware.processor")}, {value(made, "hardware.cores")} cores, accelerator \
-{made["hardware"].get("accelerator") or "none"}; {versions}; commit {value(made, "commit")}; {value(made, "date")}.
+{made["hardware"].get("accelerator") or "none"}; {versions}; commit {_commit(made)}; {value(made, "date")}.
 """
 
 
@@ -209,7 +219,8 @@ def _training_section(training: Record | None) -> str:
     entries = {
         "steps": value(training, "steps", "{:,}"),
         "tokens per step": value(training, "tokens_per_step", "{:,}"),
-        "seconds": value(training, "seconds", "{:,.0f}"),
+        "seconds, without evaluation": value(training, "seconds", "{:,.0f}"),
+        "of them from step": value(training, "resumed_from_step", "{:,}"),
         "tokens per second": value(training, "tokens_per_second", "{:,.0f}"),
         "seed": value(training, "seed"),
         "validation loss [nat/token]": value(validation, "loss", "{:.3f}"),
@@ -217,9 +228,31 @@ def _training_section(training: Record | None) -> str:
         "teacher-forced nRMSE": value(validation, "nrmse", "{:.3f}"),
         "nRMSE of persistence, same pairs": value(training, "persistence_nrmse", "{:.3f}"),
         "hardware": value(training, "provenance.hardware.processor"),
-        "commit": value(training, "provenance.commit"),
+        "commit": _commit((training or {}).get("provenance")),
     }
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {entry} |" for name, entry in entries.items())
+
+
+def _commit(made: Record | None) -> str:
+    return value(made, "commit") + " with uncommitted changes" * bool(made and made.get("changed_since_commit"))
+
+
+def _members(results: Record) -> str:
+    rows = {row: about for row, about in results["rows"].items() if about["kind"] == "model"}
+    return ", ".join(f"{len(about['seeds'])} ({row})" for row, about in rows.items())
+
+
+def _data_command(config: Record, data: Record) -> str:
+    """The command that makes the data, if this project's solver made it: its settings are the file's attributes."""
+    if not data["synthetic"]:
+        return ""
+    attributes = data.get("attributes", {})
+    flags = [
+        f" --{field.name.replace('_', '-')} {attributes[field.name]}"
+        for field in dataclasses.fields(FlowSettings)
+        if field.name in attributes and attributes[field.name] != field.default
+    ]
+    return f"python -m training.turbulence --out {config['data']}{''.join(flags)}\n"
 
 
 def _speeds(results: Record) -> str:

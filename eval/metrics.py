@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import stats
 
 Array = np.ndarray | torch.Tensor
 
@@ -281,7 +282,10 @@ class SpectralSlope:
 
 
 def slope_band(num_grid: int) -> tuple[int, int]:
-    """The band in which slopes are fitted unless another is given: above the large eddies, below the dissipation."""
+    """The band in which slopes are fitted unless another is given: a quarter of its upper end to 16 waves or N / 8.
+
+    The band decides the number: it should lie behind the scales that were forced or started, and before dissipation.
+    """
     high = min(max(16, num_grid // 8), num_grid // 2)
     return max(1, high // 4), high
 
@@ -351,7 +355,8 @@ def noise_floor(
 ) -> dict[str, np.ndarray]:
     """What `score` gives to the truth itself: its mean over pairs of independent trajectories.
 
-    A prediction cannot be told from truth by a score below this; nor does such a score prove anything.
+    By a statistic, a prediction below this cannot be told from another true flow; nor does such a score prove more. For
+    errors point by point it is the score of an unrelated flow instead, and no floor.
 
     `score` takes two fields (T, X, Y) and returns a dict of scores (T,); `fields` are independent, (B, T, X, Y); all
     pairs are taken, or `max_pairs` of them at random if there are more. Returns a dict of means (T,).
@@ -370,7 +375,7 @@ def noise_floor(
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its bootstrap interval, arrays of one shape."""
+    """A mean and its interval, arrays of one shape."""
 
     mean: np.ndarray
     low: np.ndarray
@@ -396,3 +401,19 @@ def bootstrap(values: Array, confidence: float = 0.95, num_resamples: int = 2000
     tail = (1 - confidence) / 2
     low, high = np.quantile(np.tensordot(draws, values, axes=1), [tail, 1 - tail], axis=0)
     return Interval(values.mean(0), low, high)
+
+
+def student_interval(values: Array, confidence: float = 0.95) -> Interval:
+    """Mean over trajectories and its interval by Student's t, mean ± t s / √B: (B, ...) -> three arrays (...).
+
+    For few trajectories, where a bootstrap calls every common sign significant.
+
+    Raises:
+        ValueError: If there are fewer than two trajectories or the values are not finite.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim < 1 or len(values) < 2 or not np.isfinite(values).all():
+        raise ValueError(f"values have shape {values.shape}; expected finite values of at least two trajectories.")
+    mean = values.mean(0)
+    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(0, ddof=1) / np.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)

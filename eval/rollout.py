@@ -24,11 +24,21 @@ import leviathan
 from eval import figures, metrics
 from eval.card import summary_text
 from leviathan.generation_leviathan import DETERMINISTIC, RANDOM
-from training.fields import FieldFile, split_trajectories
+from training.fields import FieldFile, data_record, split_trajectories
 from training.provenance import provenance, relative, write_json
 
 SUMMARY_STEPS = (1, 5, 10, 20)
-NUM_BINS = 256
+# Statistics, for which one true flow against another is a floor; errors point by point have none.
+FLOOR_METRICS = (
+    "enstrophy_error",
+    "energy_error",
+    "slope_error",
+    "jensen_shannon",
+    "mean_log_ratio",
+    "weighted_log_ratio",
+    "patch_log_ratio",
+    "variance_error",
+)
 
 # name: (label with unit, best value)
 METRICS = {
@@ -58,6 +68,7 @@ class MetricSettings:
         patch_size: Side of a patch in pixels.
         length: Side of the periodic square.
         band: Wavenumbers of the slope, both included, in waves per side.
+        num_bins: Bins of the histogram; no more than there are levels, between which a quantised field has nothing.
     """
 
     low: float
@@ -65,12 +76,13 @@ class MetricSettings:
     patch_size: int
     length: float
     band: tuple[int, int]
+    num_bins: int = 256
 
     def score(self, predicted: np.ndarray, true: np.ndarray) -> dict[str, np.ndarray]:
         """All metrics but CRPS of two fields (T, X, Y): a dict of (T,)."""
         spectra = [metrics.energy_spectrum(field, self.length) for field in (predicted, true)]
         patches = [metrics.patch_spectrum(field, self.patch_size, self.length) for field in (predicted, true)]
-        shares = [metrics.histogram(field, self.low, self.high, NUM_BINS) for field in (predicted, true)]
+        shares = [metrics.histogram(field, self.low, self.high, self.num_bins) for field in (predicted, true)]
         return {
             "enstrophy_error": metrics.enstrophy_error(predicted, true),
             "energy_error": metrics.energy_error(*spectra),
@@ -130,7 +142,9 @@ def evaluate(
             "(B, T, N, N)."
         )
     band = band or metrics.slope_band(truth.shape[-1])
-    setting = MetricSettings(tokenizer.low, tokenizer.high, tokenizer.patch_size, length, band)
+    setting = MetricSettings(
+        tokenizer.low, tokenizer.high, tokenizer.patch_size, length, band, min(256, tokenizer.vocab_size)
+    )
     future = truth[:, 1:]
     num_steps = future.shape[1]
     shown = sorted({step for step in SUMMARY_STEPS if step <= num_steps} | {num_steps})
@@ -155,7 +169,7 @@ def evaluate(
     with tqdm(total=len(samplings) + 4, desc="evaluate", unit="row", disable=not progress) as bar:
         if len(future) > 1:
             floor = metrics.noise_floor(setting.score, future)
-            results["noise_floor"] = {name: _numbers(values) for name, values in floor.items()}
+            results["noise_floor"] = {name: _numbers(floor[name]) for name in FLOOR_METRICS}
         bar.update()
         for name, states, about in _predictions(truth, climatology, rollout, tokenizer, samplings, seeds):
             if states.shape[1:] != future.shape:
@@ -175,7 +189,7 @@ def evaluate(
     }
     results["comparisons"] = {  # below 0: nearer to the best value than the reference is, flow by flow
         row: {
-            other: {name: _summed_up((distances[row][name] - distances[other][name])[None]) for name in METRICS}
+            other: {name: _compared(distances[row][name] - distances[other][name]) for name in METRICS}
             for other in ("persistence", "climatology")
         }
         for row in samplings
@@ -227,6 +241,16 @@ def _summed_up(scores: np.ndarray) -> dict[str, list[float] | None]:
     }
 
 
+def _compared(differences: np.ndarray) -> dict[str, list[float] | None]:
+    """Mean and Student's interval over trajectories of paired differences (B, T), lists over steps."""
+    interval = metrics.student_interval(differences) if len(differences) > 1 else None
+    return {
+        "mean": _numbers(differences.mean(0)),
+        "low": interval and _numbers(interval.low),
+        "high": interval and _numbers(interval.high),
+    }
+
+
 def _truth_statistics(future: np.ndarray, setting: MetricSettings) -> dict[str, list[float]]:
     spectra = [metrics.energy_spectrum(field, setting.length) for field in future]
     each = {
@@ -244,7 +268,9 @@ def _mean_spectra(states: np.ndarray, steps: list[int], length: float) -> list[l
 
 
 def _mean_shares(states: np.ndarray, steps: list[int], setting: MetricSettings) -> list[list[float]]:
-    runs = [metrics.histogram(field[steps], setting.low, setting.high, NUM_BINS) for run in states for field in run]
+    runs = [
+        metrics.histogram(field[steps], setting.low, setting.high, setting.num_bins) for run in states for field in run
+    ]
     return [_numbers(shares) for shares in np.mean(runs, axis=0)]
 
 
@@ -268,6 +294,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
     fields = FieldFile(args.data)
     tokenizer = AutoFeatureExtractor.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model).to(args.device).eval()
+    _check_data(args, fields, training)
     stride, size = training.get("stride", 1), tokenizer.patch_size
     available = (fields.num_snapshots - 1) // stride
     split = split_trajectories(fields.num_trajectories, **_split_options(training))
@@ -298,6 +325,25 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
         "trajectories": trajectories[: args.num_trajectories],
         "strangers": np.random.default_rng(0).permutation(split.train),
     }
+
+
+def _pixels_per_step(fields: FieldFile, parts: dict[str, Any]) -> float:
+    """Mean distance that the flow moves from a state to the next, in pixels."""
+    speeds = [np.hypot(*fields.velocity(int(i), t)).mean() for i in parts["trajectories"] for t in parts["snapshots"]]
+    return float(np.mean(speeds) * fields.dt_save * parts["snapshots"].step / fields.spacing[0])
+
+
+def _check_data(args: argparse.Namespace, fields: FieldFile, training: dict[str, Any]) -> None:
+    """Refuses a file whose split would not be the training's: its test flows may have been trained on."""
+    seen = training.get("data_record")
+    if args.other_data or seen is None:
+        return
+    now = data_record(fields)
+    if differ := [f"{key} {now[key]}, not {seen.get(key)}" for key in now if now[key] != seen.get(key)]:
+        raise ValueError(
+            f"{args.data} is not the file of the training ({'; '.join(differ)}), so its {args.split} split may hold "
+            "flows that were trained on; give that file, or --other-data if it holds none of them."
+        )
 
 
 def _split_options(training: dict[str, Any]) -> dict[str, Any]:
@@ -335,6 +381,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "dt": fields.dt_save * parts["snapshots"].step,
             "synthetic": fields.synthetic,
             "num_trajectories": fields.num_trajectories,
+            "attributes": data_record(fields)["attributes"],
+            "pixels_per_step": _pixels_per_step(fields, parts),
         },
         "model": {
             "num_parameters": sum(p.numel() for p in model.parameters()),
@@ -361,6 +409,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="HDF5 file of trajectories in PDEBench's layout")
     add("--out", type=Path, required=True, help="folder for results.json and pictures")
     add("--split", choices=("train", "validation", "test"), default="test", help="which trajectories; default: test")
+    add("--other-data", action="store_true", help="the data is another file than the training's, with other flows")
     add("--num-steps", type=int, default=20, help="states to generate; default: %(default)s")
     add("--num-trajectories", type=int, help="only the first so many of the split")
     add("--samplings", nargs="+", default=["expectation", "greedy", "sample"], help="the first is the headline")

@@ -395,7 +395,7 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         """As in transformers; `prefix_length` becomes `token_type_ids`, which masks for static caches are made from."""
         cache = kwargs.get("past_key_values")
         prefilled = cache is not None and bool(cache.get_seq_length() > 0)
-        if prefix_length is not None and not prefilled:
+        if prefix_length is not None and (not prefilled or kwargs.get("is_first_iteration")):
             given = input_ids if inputs_embeds is None or input_ids.shape[1] > 0 else inputs_embeds
             kwargs["token_type_ids"] = prefix_token_types(
                 prefix_length, given.shape[1], given.shape[0], attention_mask, given.device

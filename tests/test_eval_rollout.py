@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import h5py
 import numpy as np
@@ -12,6 +13,7 @@ import leviathan
 from eval import card, figures, metrics
 from eval import rollout as job
 from training import provenance
+from training.fields import FieldFile, data_record
 
 SEEDS = [0, 1]
 NUM_STEPS = 6
@@ -83,13 +85,13 @@ def test_every_row_has_every_metric_at_every_step(results):
             assert (entry["seed_spread"] is not None) == (row == "sample" and metric != "crps")
             assert set(results["summary"][row][metric]) == {"1", "5", "6"}
         assert np.shape(results["spectra"]["rows"][row]) == (3, 8)
-        assert np.shape(results["pdf"]["rows"][row]) == (3, job.NUM_BINS)
+        assert np.shape(results["pdf"]["rows"][row]) == (3, min(256, TOKENIZER.vocab_size))
     assert results["clipped"]["count"] == ((TRUTH < -4) | (TRUTH > 4)).sum()
     assert set(results["comparisons"]) == {"expectation", "sample"}
     assert results["rows"]["expectation"]["seeds"] == [0]
     assert results["rows"]["sample"]["seeds"] == SEEDS
     assert results["rows"]["sample"]["tokens_per_second"] > 0
-    assert set(results["noise_floor"]) == set(job.METRICS) - {"crps"}
+    assert set(results["noise_floor"]) == set(job.FLOOR_METRICS)
     json.dumps(results, allow_nan=False)
 
 
@@ -113,8 +115,8 @@ def test_references_equal_what_is_computed_by_hand(results):
     np.testing.assert_allclose(mean(results, "persistence", "crps"), np.abs(still - true).mean((0, 2, 3)), rtol=1e-5)
     quantised = mean(results, "quantise_only", "nrmse") * np.sqrt((true**2).mean((2, 3))).mean(0)
     np.testing.assert_allclose(quantised, TOKENIZER.level / np.sqrt(12), rtol=0.2)  # half a level at most
-    pairs = [metrics.nrmse(true[i], true[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
-    np.testing.assert_allclose(results["noise_floor"]["nrmse"], np.mean(pairs, axis=0), rtol=1e-5)
+    pairs = [metrics.enstrophy_error(true[i], true[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    np.testing.assert_allclose(results["noise_floor"]["enstrophy_error"], np.mean(pairs, axis=0), rtol=1e-5)
 
 
 def test_ensemble_and_seed_spread(results):
@@ -126,9 +128,17 @@ def test_ensemble_and_seed_spread(results):
 
 
 def test_verdicts_are_paired_and_honest(results):
-    assert card.verdict(results, "expectation", "persistence", "nrmse", 1) == "better than persistence"
-    assert card.verdict(results, "expectation", "persistence", "correlation", 6) == "better than persistence"
-    assert card.verdict(results, "sample", "persistence", "mean_error", 1) == "worse than persistence"
+    for differences, words in [
+        ([-1.0, -1.1, -0.9], "better than persistence"),
+        ([1.0, 1.1, 0.9], "worse than persistence"),
+        ([-1.0, -9.0, -0.1], "like persistence"),  # one sign, and three flows do not tell
+    ]:
+        compared = job._compared(np.array(differences)[:, None])
+        made = {"comparisons": {"row": {"persistence": {"nrmse": compared}}}}
+        assert card.verdict(made, "row", "persistence", "nrmse", 1) == words
+    errors = [np.abs(mean(results, "expectation", "nrmse")), mean(results, "persistence", "nrmse")]
+    difference = results["comparisons"]["expectation"]["persistence"]["nrmse"]["mean"]
+    np.testing.assert_allclose(difference, errors[0] - errors[1], rtol=1e-4)
     still = job.evaluate(
         TRUTH, OTHERS, lambda *_: np.repeat(TRUTH[:, :1], NUM_STEPS, 1), TOKENIZER, ["greedy"], [0], progress=False
     )
@@ -203,9 +213,12 @@ def test_the_card_is_a_function_of_the_records(results):
     assert text.startswith("---\nlibrary_name: transformers\nlicense: apache-2.0\ntags:\n")
     for number in ("4,321", "1,234", "2.750", "4.500", "[0.5, 0.25, 0.25]", TRAINING["provenance"]["command"]):
         assert number in text
-    for row in ROWS:
-        for metric in card.CARD_METRICS:
-            assert f"{mean(results, row, metric)[-1]:.3g}" in text
+    last = [line for line in text.splitlines() if line.startswith("| ")][-len(ROWS) - 1 : -1]
+    for row, line in zip(ROWS, last, strict=True):
+        name, *cells = re.split(r"(?<!\\) \| ", line.strip("| "))
+        assert name == row.replace("_", " ")
+        for metric, cell in zip(card.CARD_METRICS, cells, strict=True):
+            assert cell.split(" ")[0] == f"{mean(results, row, metric)[-1]:.3g}", (row, metric)
     tables = [line.count("|") - line.count("\\|") for line in text.splitlines() if line.startswith("| expectation")]
     assert tables == [len(card.CARD_METRICS) + 2] * 3
 
@@ -233,7 +246,7 @@ def test_summary_in_words(results):
     text = card.summary_text(results, TRAINING)
     assert "Leviathan of 4,321 parameters" in text
     assert "minutes 1.0" in text
-    assert re.search(r"nrmse, step 1 .* better than persistence", text)
+    assert re.search(r"nrmse, step 1 .* (better than|like) persistence", text)
     assert re.search(r"jensen shannon, step 6 ", text)
 
 
@@ -299,7 +312,10 @@ def test_command(run_folder, capsys):
     assert list(results["rows"]) == ["expectation", "greedy", "top_k", "persistence", "climatology", "quantise_only"]
     assert results["config"]["trajectories"] == job.split_trajectories(8, (0.5, 0.25, 0.25), 3).test.tolist()
     assert results["config"]["top_k"] == 3
-    assert results["data"] == {"grid": [16, 16], "length": 1, "dt": 0.02, "synthetic": True, "num_trajectories": 8}
+    expected = {"grid": [16, 16], "length": 1, "dt": 0.02, "synthetic": True, "num_trajectories": 8}
+    assert results["data"] == results["data"] | expected
+    assert results["data"]["attributes"]["dt_save"] == 0.02
+    assert results["data"]["pixels_per_step"] > 0
     assert results["model"]["vocab_size"] == 16
     assert len(results["model"]["embedding_explained"]) == 3
     assert all(is_picture(out / f"{name}.png") for name in PICTURES)
@@ -344,3 +360,29 @@ def test_command_refuses_a_tokenizer_that_does_not_fit(run_folder, tmp_path, cha
     leviathan.FieldTokenizer(**options | change).save_pretrained(tmp_path / "model")
     with pytest.raises(SystemExit, match=message):
         job.main(arguments(run_folder, "--model", str(tmp_path / "model")))
+
+
+def test_another_file_than_the_trainings_is_refused(run_folder, tmp_path):
+    """Its test flows may be among those that were trained on."""
+    with FieldFile(run_folder / "flows.hdf5") as fields:
+        record = data_record(fields)
+    shutil.copytree(run_folder / "model", tmp_path / "model")
+    command = ["--model", str(tmp_path / "model"), "--data", str(run_folder / "flows.hdf5"), "--out", str(tmp_path)]
+    provenance.write_json(tmp_path / "model" / "training.json", TRAINING | {"data_record": record})
+    job.load(job.parse([*command, "--num-steps", "2"]))
+    provenance.write_json(
+        tmp_path / "model" / "training.json", TRAINING | {"data_record": record | {"num_trajectories": 99}}
+    )
+    with pytest.raises(ValueError, match="num_trajectories 8, not 99"):
+        job.load(job.parse([*command, "--num-steps", "2"]))
+    job.load(job.parse([*command, "--num-steps", "2", "--other-data"]))
+
+
+def test_few_flows_give_no_verdict_by_chance():
+    """Three flows without a difference: a bootstrap would call a quarter of them different."""
+    generator = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(400):
+        interval = metrics.student_interval(generator.normal(size=(3, 1)))
+        wrong += bool(interval.low > 0 or interval.high < 0)
+    assert wrong / 400 < 0.09

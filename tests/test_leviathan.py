@@ -463,6 +463,8 @@ def test_a_prefix_is_never_ignored_in_silence():
             model.generate(ids, attention_mask=mask, prefix_length=10, max_new_tokens=3, **options)
     with pytest.raises(ValueError, match="exceeds the 4 tokens"):
         model.generate(ids, attention_mask=mask, prefix_length=9, max_new_tokens=3, prefill_chunk_size=4)
+    with pytest.raises(ValueError, match="holds 2 tokens already"):
+        model.generate(ids, attention_mask=mask, prefix_length=9, max_new_tokens=3, past_key_values=cache)
 
 
 def test_generation_from_embeddings():

@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -341,7 +344,10 @@ def test_unstable_flow_names_the_remedy():
         (lambda: FlowSettings(seed=-1), "seed = -1 must be not negative"),
         (lambda: FlowSettings(k_tot=0), "k_tot = 0 must be at least 1"),
         (lambda: FlowSettings(forcing="wind"), "forcing = wind must be one of none, kolmogorov, band"),
-        (lambda: FlowSettings(forcing_wavenumber=30), "forcing_wavenumber = 30 must be between 1 and a third of 64"),
+        (
+            lambda: FlowSettings(forcing="kolmogorov", forcing_wavenumber=30),
+            "forcing_wavenumber = 30 must be between 1 and a third of 64",
+        ),
         (lambda: next(simulate(VorticitySolver(32, 0.1, 0.03), torch.zeros(1, 32, 32), 0.1, 2)), "dt_save / n"),
         (lambda: write_fields("x", SMALL, batch_size=0), "batch_size = 0 must be at least 1"),
     ],
@@ -349,3 +355,18 @@ def test_unstable_flow_names_the_remedy():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_killed_before_its_first_flow_it_can_begin_again(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from training import turbulence as t;"
+        "t.simulate = lambda *a: os._exit(9);"
+        "flow = t.FlowSettings(num_trajectories=2, num_grid=16, num_snapshots=2);"
+        "t.write_fields(Path(sys.argv[1]), flow, progress=False)"
+    )
+    path = tmp_path / "flow.hdf5"
+    root = Path(__file__).resolve().parent.parent
+    assert subprocess.run([sys.executable, "-c", code, str(path)], cwd=root, check=False).returncode == 9
+    assert not path.exists()
+    write_fields(path, FlowSettings(num_trajectories=2, num_grid=16, num_snapshots=2), progress=False)
+    assert path.exists()

@@ -7,6 +7,7 @@ would be wrong along its edge.
 """
 
 import itertools
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -177,6 +178,17 @@ class FieldFile:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None, "_owner": None, "_cache": OrderedDict()}
+
+
+def data_record(fields: FieldFile) -> dict[str, Any]:
+    """What tells a file of trajectories from another, for JSON."""
+    return {
+        "num_trajectories": fields.num_trajectories,
+        "num_snapshots": fields.num_snapshots,
+        "grid": list(fields.grid),
+        "dt_save": fields.dt_save,
+        "attributes": json.loads(json.dumps(fields.attributes, default=str)),
+    }
 
 
 def _open(path: Path) -> h5py.File:

@@ -30,7 +30,7 @@ def provenance(seed: int | list[int] | None = None) -> dict[str, Any]:
         return result.stdout.strip() if result.returncode == 0 else None
 
     try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
     except FileNotFoundError:  # no git on this machine
         commit = changes = None
     versions = {"python": platform.python_version()}
@@ -64,9 +64,12 @@ def command() -> str:
 
 
 def relative(argument: str | Path) -> str:
-    """A path relative to the working directory, also behind `--flag=`; anything else unchanged."""
+    """A path relative to the working directory, or its name alone outside of it, also behind `--flag=`."""
     flag, equals, value = str(argument).rpartition("=")
-    return flag + equals + (os.path.relpath(value) if Path(value).is_absolute() else value)
+    path = Path(value)
+    if path.is_absolute():
+        value = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+    return flag + equals + value
 
 
 def _processor() -> str:

@@ -31,11 +31,11 @@ from transformers import (
 )
 
 from leviathan import FieldTokenizer, LeviathanConfig, LeviathanForCausalLM
-from training.fields import FieldFile, PatchPairs, sample_snapshots, split_trajectories
+from training.fields import FieldFile, PatchPairs, data_record, sample_snapshots, split_trajectories
 from training.provenance import provenance, relative, write_json
 from training.settings import Settings, parse_arguments
 
-EVALUATION_CHUNK = 4096  # tokens whose logits exist at one time during evaluation
+EVALUATION_LOGITS = 2**24  # logits that exist at one time during evaluation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,10 +135,9 @@ class FieldTrainer(Trainer):
             wanted = labels != -100
             target = labels[wanted]
             head = unwrapped.output_head()
+            size = max(1, EVALUATION_LOGITS // unwrapped.config.vocab_size)
             losses, expected = [], []
-            for chunk, truth in zip(
-                hidden[wanted].split(EVALUATION_CHUNK), target.split(EVALUATION_CHUNK), strict=True
-            ):
+            for chunk, truth in zip(hidden[wanted].split(size), target.split(size), strict=True):
                 logits = head(chunk).float()
                 losses.append(F.cross_entropy(logits, truth, reduction="sum"))
                 ids = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float64)
@@ -158,7 +157,9 @@ class JsonLog(TrainerCallback):
         """Keeps the entries up to the step from which training goes on."""
         if state.is_world_process_zero:
             kept = [row for row in self.rows() if row["step"] <= state.global_step] if state.global_step else []
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial = self.path.with_name(self.path.name + ".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial.replace(self.path)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: ANN001
         """Writes one entry."""
@@ -168,7 +169,8 @@ class JsonLog(TrainerCallback):
 
     def rows(self) -> list[dict[str, Any]]:
         """All entries, in order."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be torn
 
 
 def marginal_entropy(ids: np.ndarray) -> float:
@@ -241,6 +243,8 @@ def build_arguments(settings: Settings) -> TrainingSettings:
     args = TrainingSettings(**{"remove_unused_columns": False, "report_to": "none"} | settings["training"])
     if args.max_steps < 1:
         raise ValueError(f"training.max_steps = {args.max_steps}; give the number of optimizer steps.")
+    if args.save_only_model:
+        raise ValueError("training.save_only_model leaves checkpoints from which training cannot go on; leave it out.")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != args.world_size:
         raise ValueError(
@@ -288,15 +292,7 @@ def build(settings: Settings) -> Parts:
 
 def record_of(settings: Settings, parts: Parts) -> dict[str, Any]:
     """What must not change between the parts of one run: the settings, the processes and the data behind the path."""
-    fields = parts.fields
-    data = {
-        "num_trajectories": fields.num_trajectories,
-        "num_snapshots": fields.num_snapshots,
-        "grid": list(fields.grid),
-        "dt_save": fields.dt_save,
-        "attributes": json.loads(json.dumps(fields.attributes, default=str)),
-    }
-    return {"settings": settings, "num_processes": parts.args.world_size, "data": data}
+    return {"settings": settings, "num_processes": parts.args.world_size, "data": data_record(parts.fields)}
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:
@@ -350,6 +346,7 @@ def finish(trainer: FieldTrainer, parts: Parts, report: dict[str, Any], seconds:
     seconds -= sum(row["runtime"] for row in validation if row["step"] > first)
     report |= {
         "data": relative(data.path),
+        "data_record": data_record(parts.fields),
         "dt_save": parts.fields.dt_save * data.stride,
         "stride": data.stride,
         "split": {"fractions": list(data.fractions), "seed": data.split_seed},

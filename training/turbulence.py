@@ -265,7 +265,9 @@ class FlowSettings:
         _require(0 <= self.warm_up_time < math.inf, "warm_up_time", self.warm_up_time, "finite and not negative")
         _require(self.seed >= 0, "seed", self.seed, "not negative")
         _require(self.k_tot >= 1, "k_tot", self.k_tot, "at least 1")
-        resolved = 0 < 3 * self.forcing_wavenumber < self.num_grid
+        # A band reaches half a wave beyond its wavenumber.
+        reach = self.forcing_wavenumber + (0.5 if self.forcing == "band" else 0)
+        resolved = self.forcing == "none" or 0 < 3 * reach < self.num_grid
         _require(resolved, "forcing_wavenumber", self.forcing_wavenumber, f"between 1 and a third of {self.num_grid}")
         for name in ("forcing", "precision"):
             choices = typing.get_args(type(self).__annotations__[name])
@@ -355,6 +357,7 @@ def _open_partial(path: Path, settings: FlowSettings) -> h5py.File:
     file["x-coordinate"] = file["y-coordinate"] = centres.astype(np.float32)
     file.attrs.update(eta=settings.viscosity, zeta=0.0, M=MACH, synthetic=True, num_finished=0)
     file.attrs.update(dataclasses.asdict(settings))
+    file.flush()  # what is killed before its first flow is finished leaves a file that opens
     return file
 
 
