@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -386,3 +387,9 @@ def test_few_flows_give_no_verdict_by_chance():
         interval = metrics.student_interval(generator.normal(size=(3, 1)))
         wrong += bool(interval.low > 0 or interval.high < 0)
     assert wrong / 400 < 0.09
+
+
+def test_the_committed_card_is_what_its_records_generate():
+    cards = Path(__file__).resolve().parent.parent / "model_cards"
+    records = [json.loads((cards / "leviathan" / name).read_text()) for name in ("results.json", "training.json")]
+    assert (cards / "leviathan.md").read_text(encoding="utf-8") == card.model_card(*records)
