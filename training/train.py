@@ -69,6 +69,8 @@ class DataSettings:
 class TrainingSettings(TrainingArguments):
     """The `training` section: transformers' arguments and the following.
 
+    `bf16: auto` is bfloat16 where there is a GPU that has it.
+
     Attributes:
         embedding_learning_rate: Peak learning rate of the embedding's parameters; None is `learning_rate`. They are
             never decayed: the splines live near one, and pulled to zero their product vanishes.
@@ -240,7 +242,10 @@ def build_arguments(settings: Settings) -> TrainingSettings:
     Raises:
         ValueError: Without a number of steps, or if processes were launched that do not know of each other.
     """
-    args = TrainingSettings(**{"remove_unused_columns": False, "report_to": "none"} | settings["training"])
+    options = {"remove_unused_columns": False, "report_to": "none"} | settings["training"]
+    if options.get("bf16") == "auto":
+        options["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    args = TrainingSettings(**options)
     if args.max_steps < 1:
         raise ValueError(f"training.max_steps = {args.max_steps}; give the number of optimizer steps.")
     if args.save_only_model:
