@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 
-from sna_core.embedding import digit_layout, to_digits
+from sna_core.embedding import digit_layout
 
 Fields = np.ndarray | torch.Tensor
 
@@ -202,10 +202,6 @@ class FieldTokenizer(FeatureExtractionMixin):
             raise ValueError(f"input_ids span [{ids.min()}, {ids.max()}]; expected [0, {self.vocab_size - 1}].")
         fields = self._to_fields(self.low + (ids + 0.5) * self.level, height, width).astype(np.float32)
         return torch.from_numpy(fields).to(input_ids.device) if isinstance(input_ids, torch.Tensor) else fields
-
-    def digits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Digits of ids in ``base``, most significant first: (...) -> (..., num_digits)."""
-        return to_digits(input_ids, self.base, self.num_digits)
 
     def _positions(self) -> np.ndarray:
         return hilbert_order(self.patch_size) if self.order == "hilbert" else np.arange(self.tokens_per_patch)

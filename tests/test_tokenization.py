@@ -30,9 +30,7 @@ def test_round_trip_error_is_at_most_half_a_level(num_bits, base, order, patch_s
     # float32 of the output carries its own rounding
     slack = np.abs(inside).max() * 2.0**-23 + 1e-9 * tokenizer.level
     assert np.abs(back - inside).max() <= tokenizer.level / 2 + slack
-    digits = tokenizer.digits(torch.from_numpy(ids))
-    powers = base ** torch.arange(tokenizer.num_digits - 1, -1, -1)
-    assert ((digits * powers).sum(-1) == torch.from_numpy(ids)).all()
+    assert base ** (tokenizer.num_digits - 1) < tokenizer.vocab_size <= base**tokenizer.num_digits
 
 
 @given(num_bits=st.integers(1, 12), order=st.sampled_from(["raster", "hilbert"]))
