@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sna_core.generator import separable_product, separable_product_reference
 
@@ -18,6 +19,7 @@ VARIANTS = {
     "v1": {"num_heads": 1, "num_knots": 32, "rank": 8, "seed_bias": True, "residual": True},
 }
 LARGEST_DEFAULT_BASE = 256
+MATERIALIZED_AT_ONCE = 8192  # rows, whose intermediate numbers are far more than the rows themselves
 
 
 def digit_layout(num_embeddings: int, base: int | None = None, num_digits: int | None = None) -> tuple[int, int]:
@@ -73,10 +75,20 @@ def to_digits(ids: Tensor, base: int, num_digits: int, reflected: bool = False) 
 
 
 class _GeneratedEmbedding(nn.Module):
-    """What the embeddings without a stored table share: a lookup by generation, and the table on demand."""
+    """What the embeddings without a stored table share: a lookup by generation, and a baked table for inference.
+
+    In ``eval()`` and without gradients an embedding is a constant of its id. A module there counts the rows that it
+    generates, and when they are as many as the table has it bakes the table and becomes a plain lookup: at worst twice
+    the work of whoever knew beforehand which of the two is cheaper. :meth:`bake` does it at once. A baked table is left
+    behind when a parameter changes (by its version counter; writing through ``parameter.data`` goes past that), and
+    dropped by ``train()`` and by moves to another device or dtype. It is no part of the state dict.
+    """
 
     num_embeddings: int
     embedding_dim: int
+    _table: Tensor | None = None
+    _table_of: tuple[tuple[nn.Parameter, int], ...] = ()  # parameters and their versions when it was made or counted
+    _num_generated = 0
 
     def generate(self, ids: Tensor) -> Tensor:
         """Embeddings of a flat tensor of ids: (tokens,) -> (tokens, embedding_dim)."""
@@ -88,11 +100,13 @@ class _GeneratedEmbedding(nn.Module):
         Raises:
             ValueError: If ``ids`` are not integers.
             IndexError: If an id lies outside ``[0, num_embeddings)``, as ``torch.nn.Embedding``; not checked in a
-                compiled graph.
+                compiled graph, nor by a baked table on a GPU.
         """
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"ids have dtype {ids.dtype}; expected integers.")
         ids = ids.long()
+        if self._is_baked():
+            return F.embedding(ids, self._table)
         flat = ids.reshape(-1)
         if flat.numel() >= self.num_embeddings:
             return F.embedding(ids, self.table())
@@ -102,21 +116,87 @@ class _GeneratedEmbedding(nn.Module):
         if flat.numel() and not (distinct[0] >= 0 and distinct[-1] < self.num_embeddings):
             wrong = int(distinct[0] if distinct[0] < 0 else distinct[-1])
             raise IndexError(f"id {wrong} lies outside [0, num_embeddings = {self.num_embeddings}).")
+        if self._is_constant():
+            self._count(distinct.numel())
         return F.embedding(inverse.view(ids.shape), self.generate(distinct))
 
     def table(self) -> Tensor:
-        """The whole table, differentiable: (num_embeddings, embedding_dim)."""
-        return self.generate(torch.arange(self.num_embeddings, device=next(self.parameters()).device))
+        """The whole table (num_embeddings, embedding_dim), differentiable; the baked one where nothing is learned."""
+        if self._is_constant():
+            return self.bake()._table
+        return self.generate(self._all_ids())
 
     @torch.no_grad()
     def materialize(self) -> Tensor:
-        """The whole table without gradient, for inference as a plain lookup: (num_embeddings, embedding_dim)."""
-        return self.table()
+        """A new table without gradient, for inference as a plain lookup: (num_embeddings, embedding_dim)."""
+        if self._is_baked():
+            return self._table.clone()
+        return torch.cat([self.generate(ids) for ids in self._all_ids().split(MATERIALIZED_AT_ONCE)])
 
     @property
     def weight(self) -> Tensor:
         """The generated table, read-only: what ``torch.nn.Embedding.weight`` is to tools that only read it."""
-        return self.materialize()
+        return self._table if self._is_baked() else self.materialize()
+
+    def bake(self) -> Self:
+        """Generates the table now, for all lookups in ``eval()`` without gradients until a parameter changes.
+
+        Raises:
+            RuntimeError: In training, where it would be out of date at the next step.
+        """
+        if self.training:
+            raise RuntimeError("a table baked in training is out of date at the next step; call eval() first.")
+        if self._table is None or not self._is_unchanged():
+            with torch.inference_mode(False):
+                self._table, self._table_of = self.materialize(), self._versions()
+        return self
+
+    def unbake(self) -> Self:
+        """Frees the baked table."""
+        self._table, self._table_of, self._num_generated = None, (), 0
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """As in ``torch.nn.Module``; training drops the baked table."""
+        if mode:
+            self.unbake()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.unbake()
+        return super()._apply(*args, **kwargs)
+
+    def _is_constant(self) -> bool:
+        """Whether nothing is learned here, nor traced by a compiler, which would keep a table for ever."""
+        if self.training or torch.compiler.is_compiling():
+            return False
+        parameters = [p for p in self._parameters.values() if p is not None]
+        learned = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        return bool(parameters) and not learned and not parameters[0].is_meta  # a DataParallel replica has none
+
+    def _is_baked(self) -> bool:
+        return self._table is not None and self._is_constant() and self._is_unchanged()
+
+    def _versions(self) -> tuple[tuple[nn.Parameter, Any], ...]:
+        # Inference tensors have no version counter: nothing equals what is said of them.
+        parameters = (p for p in self._parameters.values() if p is not None)
+        return tuple((p, object() if p.is_inference() else p._version) for p in parameters)
+
+    def _is_unchanged(self) -> bool:
+        now = self._versions()
+        return len(now) == len(self._table_of) and all(
+            p is q and version == before for (p, version), (q, before) in zip(now, self._table_of, strict=True)
+        )
+
+    def _count(self, num_rows: int) -> None:
+        if not self._is_unchanged():
+            self.unbake()._table_of = self._versions()
+        self._num_generated += num_rows
+        if self._num_generated >= self.num_embeddings:
+            self.bake()
+
+    def _all_ids(self) -> Tensor:
+        return torch.arange(self.num_embeddings, device=next(self.parameters()).device)
 
 
 class SeparableEmbedding(_GeneratedEmbedding):
@@ -154,6 +234,8 @@ class SeparableEmbedding(_GeneratedEmbedding):
         sigmoid_divisor: Divisor of the sigmoid's argument.
         seed_bias: A bias in the seed map. None takes the variant's.
         residual: Add a linear map of the coordinates. None takes the variant's.
+        max_chunk_tokens: Ids generated at one time; more are taken in turn, and again in backward, so that memory
+            beyond the embeddings themselves is bounded. None generates all at one time.
 
     Shapes: ids (...) integer -> (..., embedding_dim).
 
@@ -178,6 +260,7 @@ class SeparableEmbedding(_GeneratedEmbedding):
         sigmoid_divisor: float = 2.0,
         seed_bias: bool | None = None,
         residual: bool | None = None,
+        max_chunk_tokens: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -197,9 +280,12 @@ class SeparableEmbedding(_GeneratedEmbedding):
         self.low_digit = low_digit
         self.normalize_basis = normalize_basis
         self.sigmoid_divisor = sigmoid_divisor
+        self.max_chunk_tokens = max_chunk_tokens
         for name, least in {"embedding_dim": 1, "seed_dim": 1, "num_heads": 1, "num_knots": 2, "rank": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected at least {least}.")
+        if max_chunk_tokens is not None and max_chunk_tokens < 1:
+            raise ValueError(f"max_chunk_tokens = {max_chunk_tokens}; expected at least 1, or None for no chunks.")
         if sigmoid_divisor <= 0:
             raise ValueError(f"sigmoid_divisor = {sigmoid_divisor}; expected a positive number.")
 
@@ -242,18 +328,21 @@ class SeparableEmbedding(_GeneratedEmbedding):
         mapped = seed @ self.seed_weight.transpose(-1, -2)  # (heads, tokens, seed)
         if self.seed_bias is not None:
             mapped = mapped + self.seed_bias.unsqueeze(1)
-        mapped = F.layer_norm(mapped.to(_product_dtype(mapped.dtype)), (self.seed_dim,))
+        mapped = F.layer_norm(mapped.to(product_dtype(mapped.dtype)), (self.seed_dim,))
         mapped = mapped * self.norm_weight.unsqueeze(1) + self.norm_bias.unsqueeze(1)
         return torch.sigmoid(mapped / self.sigmoid_divisor)
 
     def generate(self, ids: Tensor) -> Tensor:
         """Embeddings of a flat tensor of ids: (tokens,) -> (tokens, embedding_dim)."""
-        with _without_autocast(ids.device):
-            return self._generate(ids, separable_product)
+        with without_autocast(ids.device):
+            if self.max_chunk_tokens is None or ids.numel() <= self.max_chunk_tokens:
+                return self._generate(ids, separable_product)
+            chunks = ids.split(self.max_chunk_tokens)
+            return torch.cat([checkpoint(self._generate, i, separable_product, use_reentrant=False) for i in chunks])
 
     def reference_generate(self, ids: Tensor) -> Tensor:
         """The formula as written, with the whole basis and a log-sign product: the oracle of ``generate``."""
-        with _without_autocast(ids.device):
+        with without_autocast(ids.device):
             return self._generate(ids, separable_product_reference)
 
     def _generate(self, ids: Tensor, product_of: Callable[..., Tensor]) -> Tensor:
@@ -337,11 +426,13 @@ class LowRankEmbedding(_GeneratedEmbedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Turns autocast off, as products of many factors demand."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a product or a softmax over parameters of ``dtype``: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -192,6 +192,135 @@ def test_meta_device():
     assert embedding.weight.shape == (65_536, 64)
 
 
+EMBEDDINGS = {"separable": small, "low_rank": lambda: LowRankEmbedding(300, 10, rank=4)}
+embeddings = pytest.mark.parametrize("make", EMBEDDINGS.values(), ids=EMBEDDINGS.keys())
+
+
+def counted(embedding, monkeypatch):
+    """The numbers of rows that each call generates."""
+    rows, generate = [], embedding.generate
+    monkeypatch.setattr(embedding, "generate", lambda ids: rows.append(ids.numel()) or generate(ids))
+    return rows
+
+
+@embeddings
+def test_a_baked_table_is_a_lookup(make, monkeypatch):
+    embedding = make().eval()
+    rows, ids = counted(embedding, monkeypatch), torch.randint(0, 300, (4, 9))
+    with torch.no_grad():
+        expected = embedding(ids)
+        assert embedding.bake() is embedding
+        del rows[:]
+        torch.testing.assert_close(embedding(ids), expected)
+        assert torch.equal(embedding(ids), F.embedding(ids, embedding.weight))
+        assert torch.equal(embedding(ids.int()), embedding(ids))
+        assert torch.equal(embedding.table(), embedding.weight)
+        assert torch.equal(embedding.materialize(), embedding.weight)
+        assert embedding.materialize() is not embedding.weight
+    assert rows == []
+    assert "_table" not in "".join(embedding.state_dict())
+    with torch.no_grad(), pytest.raises(IndexError):
+        embedding(torch.tensor([300]))
+    with torch.no_grad(), pytest.raises(ValueError, match="expected integers"):
+        embedding(torch.zeros(3))
+
+
+@embeddings
+def test_it_bakes_when_as_many_rows_were_generated_as_the_table_has(make, monkeypatch):
+    embedding = make().eval()
+    rows = counted(embedding, monkeypatch)
+    with torch.no_grad():
+        for _ in range(5):
+            embedding(torch.randperm(300)[:70])
+    assert rows == [70, 70, 70, 70, 300, 70]  # the fifth bakes beside its own rows
+    with torch.no_grad():
+        embedding(torch.randperm(300)[:70])
+    assert len(rows) == 6
+
+
+@embeddings
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: next(e.parameters()).mul_(1.1),
+        lambda e: e.load_state_dict({name: value * 1.1 for name, value in e.state_dict().items()}),
+        lambda e: setattr(e, next(iter(e._parameters)), torch.nn.Parameter(next(e.parameters()) * 1.1)),
+        lambda e: e.resize(350),
+        lambda e: e.to(torch.bfloat16),
+        lambda e: [next(e.train().parameters()).data.mul_(1.1), e.eval()],  # unseen by version counters
+    ],
+    ids=["in place", "state dict", "replaced", "resized", "dtype", "through data, in training"],
+)
+def test_a_changed_weight_leaves_the_baked_table_behind(make, change):
+    embedding, ids = make().eval(), torch.arange(0, 300, 7)
+    with torch.no_grad():
+        before = embedding.bake()(ids)
+        change(embedding)
+        after = embedding(ids)
+        torch.testing.assert_close(after, embedding.generate(ids))
+        assert embedding.weight.shape[0] == embedding.num_embeddings
+        torch.testing.assert_close(embedding.bake()(ids), after)
+    assert after.dtype != before.dtype or embedding.num_embeddings != 300 or not torch.allclose(after, before)
+
+
+@embeddings
+def test_an_optimizer_step_leaves_the_baked_table_behind(make):
+    embedding, ids = make().eval(), torch.arange(20)
+    with torch.no_grad():
+        embedding.bake()
+    embedding(ids).sum().backward()
+    torch.optim.SGD(embedding.parameters(), lr=0.1).step()
+    with torch.no_grad():
+        torch.testing.assert_close(embedding(ids), embedding.generate(ids))
+
+
+@embeddings
+def test_what_is_learned_is_never_looked_up(make):
+    embedding, ids = make(), torch.arange(5)
+    with pytest.raises(RuntimeError, match="call eval"):
+        embedding.bake()
+    embedding.eval().bake()
+    assert embedding(ids).requires_grad
+    assert embedding.table().requires_grad
+    embedding.train()
+    assert embedding._table is None
+    embedding.eval().requires_grad_(False)
+    assert not embedding.bake()(ids).requires_grad
+    assert embedding.unbake()._table is None
+
+
+@embeddings
+def test_baking_under_inference_mode_serves_later_gradients(make):
+    embedding = make().eval()
+    with torch.inference_mode():
+        embedding.bake()
+        expected = embedding(torch.arange(6))
+    embedding.requires_grad_(False)
+    scale = torch.ones((), dtype=expected.dtype, requires_grad=True)
+    (embedding(torch.arange(6)) * scale).sum().backward()
+    torch.testing.assert_close(scale.grad, expected.sum())
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 64])
+def test_chunks_change_neither_values_nor_gradients(size, monkeypatch):
+    whole = small()
+    chunked = copy.deepcopy(whole)
+    chunked.max_chunk_tokens = size
+    generated, generate = [], chunked._generate
+    monkeypatch.setattr(chunked, "_generate", lambda ids, product: generated.append(len(ids)) or generate(ids, product))
+    ids = torch.randperm(300)[:40]
+    gradient = torch.randn(40, 10, dtype=torch.float64)
+    for a, b in zip(
+        (whole(ids), *torch.autograd.grad(whole(ids), list(whole.parameters()), gradient)),
+        (chunked(ids), *torch.autograd.grad(chunked(ids), list(chunked.parameters()), gradient)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    assert max(generated) == min(size, 40)
+    with pytest.raises(ValueError, match="max_chunk_tokens = 0"):
+        small(max_chunk_tokens=0)
+
+
 @given(st.integers(1, 300_000), st.integers(1, 4))
 def test_digit_layout_is_the_least_base_that_suffices(num_embeddings, num_digits):
     base, digits = digit_layout(num_embeddings, num_digits=num_digits)
