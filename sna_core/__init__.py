@@ -4,7 +4,8 @@ Imports torch alone.
 """
 
 from sna_core.bspline import UniformBSpline
+from sna_core.digit_head import DigitHead
 from sna_core.embedding import LowRankEmbedding, SeparableEmbedding
 from sna_core.network import CPNetwork
 
-__all__ = ["CPNetwork", "LowRankEmbedding", "SeparableEmbedding", "UniformBSpline"]
+__all__ = ["CPNetwork", "DigitHead", "LowRankEmbedding", "SeparableEmbedding", "UniformBSpline"]
