@@ -39,8 +39,13 @@ class LeviathanConfig(PreTrainedConfig):
         embedding_seed_bias, embedding_residual: Arguments of [`sna_core.SeparableEmbedding`] (`embedding_rank` also of
             [`sna_core.LowRankEmbedding`]); None takes its default. What is left None is stored completed, so that a
             checkpoint means the same when a default changes.
+        embedding_max_chunk_tokens: Argument of [`sna_core.SeparableEmbedding`] that bounds its memory.
+        output_head: ``"dense"`` (a logit for each id) or ``"digits"`` ([`sna_core.DigitHead`]: the digits of the id one
+            after the other, which costs no product of tokens with the vocabulary in training).
+        output_head_rank: Rank of the digits' head.
         loss_chunk_size: Tokens for which logits exist at one time while the loss is computed. The output then carries
-            no logits beside a loss. None computes all logits and returns them.
+            no logits beside a loss. None computes all logits and returns them. A digits' head never needs them for a
+            loss.
 
     Raises:
         ValueError: If sizes do not divide each other or the digits cannot number the vocabulary.
@@ -104,6 +109,9 @@ class LeviathanConfig(PreTrainedConfig):
     embedding_sigmoid_divisor: float | None = None
     embedding_seed_bias: bool | None = None
     embedding_residual: bool | None = None
+    embedding_max_chunk_tokens: int | None = None
+    output_head: Literal["dense", "digits"] = "dense"
+    output_head_rank: int = 64
     loss_chunk_size: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -141,6 +149,8 @@ class LeviathanConfig(PreTrainedConfig):
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = "
                 f"{self.num_key_value_heads}."
             )
+        if self.output_head == "digits" and self.tie_word_embeddings:
+            raise ValueError("output_head = 'digits' has no table to tie; set tie_word_embeddings=False.")
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size = {self.loss_chunk_size}; expected at least 1, or None for no chunks.")
 

@@ -16,21 +16,25 @@
 The decoder layers are transformers' own LLaMA layers; what is ours is the embedding, the prefix mask and the loss.
 """
 
+import copy
+import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
+    LlamaForCausalLM,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
@@ -39,9 +43,12 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from sna_core.digit_head import DigitHead
 from sna_core.embedding import LowRankEmbedding, SeparableEmbedding
 
+from .attention_leviathan import PREFIX_SDPA, needs_no_mask, prefix_blocks, prefix_token_types
 from .configuration_leviathan import LeviathanConfig
+from .loss_leviathan import TableHead, chunked_loss, cross_entropy_of, fused_cross_entropy
 
 
 def build_embedding(config: LeviathanConfig) -> nn.Module:
@@ -59,53 +66,6 @@ def build_embedding(config: LeviathanConfig) -> nn.Module:
         options = {name: value for name, value in options.items() if name == "rank"}
         return LowRankEmbedding(config.vocab_size, config.hidden_size, **options)
     return SeparableEmbedding(config.vocab_size, config.hidden_size, **options)
-
-
-def prefix_token_types(
-    prefix_length: int | torch.Tensor,
-    num_tokens: int,
-    batch_size: int,
-    attention_mask: torch.Tensor | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """Marks the first ``prefix_length`` tokens of each row that are not padding: (batch, num_tokens) of 1 and 0.
-
-    Raises:
-        ValueError: If ``prefix_length`` is neither an integer nor of shape (batch,), negative, or more than a row has.
-    """
-    if isinstance(prefix_length, int):
-        if prefix_length < 0:
-            raise ValueError(f"prefix_length = {prefix_length}; expected 0 or more tokens.")
-    elif tuple(prefix_length.shape) != (batch_size,):
-        raise ValueError(
-            f"prefix_length has shape {tuple(prefix_length.shape)}; expected an integer or one for each of the "
-            f"{batch_size} rows."
-        )
-    else:
-        prefix_length = prefix_length.to(device).unsqueeze(-1)
-    mask = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)
-    if attention_mask is not None:
-        mask = attention_mask[:, :num_tokens].bool()
-    place = mask.cumsum(-1)  # padding on the left holds no place
-    if not torch.compiler.is_compiling() and (place[:, -1:] < prefix_length).any():
-        raise ValueError(
-            f"prefix_length exceeds the {int(place[:, -1].min())} tokens of a row; a prefix is part of what is "
-            "given, and read in one forward pass (no shorter prefill_chunk_size)."
-        )
-    return ((place <= prefix_length) & mask).long()
-
-
-def prefix_blocks(token_type_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """Numbers the runs of ``token_type_ids == 1`` in each row, and -1 elsewhere: (batch, tokens) -> (batch, tokens).
-
-    A run ends where ``position_ids`` restart as well, so that the prefixes of packed documents stay apart.
-    """
-    inside = token_type_ids == 1
-    starts = inside & ~F.pad(inside[:, :-1], (1, 0))
-    if position_ids is not None:
-        restarts = F.pad(position_ids[:, 1:] - position_ids[:, :-1] != 1, (1, 0), value=True)
-        starts = starts | (inside & restarts)
-    return torch.where(inside, starts.cumsum(-1) - 1, -1)
 
 
 @auto_docstring
@@ -129,26 +89,38 @@ class LeviathanPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, (SeparableEmbedding, LowRankEmbedding)):
             module.reset_parameters()
+        elif isinstance(module, DigitHead):
+            module.reset_parameters(self.config.initializer_range)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in transformers; what was not asked for is SDPA that needs no mask for a prefix."""
+        return super().get_correct_attn_implementation(requested_attention or PREFIX_SDPA, is_init_check)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
         """Resizes the vocabulary, as in transformers; generated embeddings of the ids that remain do not change."""
-        embedding = self.get_input_embeddings()
-        if isinstance(embedding, nn.Embedding):
-            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         if new_num_tokens is None and pad_to_multiple_of is None:
             return embedding
         size = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
-        embedding.resize(size)
-        if (head := self.get_output_embeddings()) is not None:
+        # CODEPATH: tables and dense heads, tied or not, are transformers'; digits reach so far and no further.
+        if isinstance(head, DigitHead):
+            head.resize(size)  # first, since it may refuse
+        elif isinstance(embedding, nn.Embedding):
+            return super().resize_token_embeddings(size, None, mean_resizing)
+        elif head is not None:
             self.set_output_embeddings(self._get_resized_lm_head(head, size, mean_resizing=mean_resizing))
+        if isinstance(embedding, nn.Embedding):
+            self.set_input_embeddings(self._get_resized_embeddings(embedding, size, mean_resizing=mean_resizing))
+        else:
+            embedding.resize(size)
         self.config.vocab_size = size
         if isinstance(embedding, SeparableEmbedding):
             self.config.embedding_num_digits = embedding.num_digits
-        return embedding
+        return self.get_input_embeddings()
 
 
 @auto_docstring
@@ -208,23 +180,27 @@ class LeviathanModel(LeviathanPreTrainedModel):
             position_ids = torch.arange(num_tokens, device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
-        blocks = None
+        blocks, causal_mask = None, None
         if prefix_length is not None or token_type_ids is not None:
             self._check_prefix(attention_mask, past_key_values)
-            if token_type_ids is None:
+        # CODEPATH: one prefix for all rows needs no mask (with the default attention); the rest is masked.
+        if needs_no_mask(self, prefix_length, num_tokens, attention_mask, packing):
+            kwargs["prefix_length"] = prefix_length
+        else:
+            if prefix_length is not None:
                 token_type_ids = prefix_token_types(
                     prefix_length, num_tokens, batch_size, attention_mask, inputs_embeds.device
                 )
-            blocks = prefix_blocks(token_type_ids, position_ids)
-
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=packing,
-            block_sequence_ids=blocks,
-        )
+            if token_type_ids is not None:
+                blocks = prefix_blocks(token_type_ids, position_ids)
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=packing,
+                block_sequence_ids=blocks,
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
@@ -247,8 +223,8 @@ class LeviathanModel(LeviathanPreTrainedModel):
         if is_flash_attention_requested(self.config):
             raise ValueError(
                 f"attn_implementation = {self.config._attn_implementation!r} cannot mask a prefix: FlashAttention "
-                "would silently attend causally. Load the model with attn_implementation='sdpa', 'eager' or "
-                "'flex_attention', or leave out prefix_length and token_type_ids."
+                "would silently attend causally. Load the model without it (the default calls flash kernels block by "
+                "block), or leave out prefix_length and token_type_ids."
             )
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
@@ -261,34 +237,6 @@ class LeviathanModel(LeviathanPreTrainedModel):
                 "a prefix that comes now; read the prefix in one forward pass (no prefill_chunk_size), and leave out "
                 "prefix_length and token_type_ids behind it."
             )
-
-
-def chunked_cross_entropy(
-    logits_of: Callable[[torch.Tensor], torch.Tensor],
-    hidden_states: torch.Tensor,
-    labels: torch.Tensor,
-    chunk_size: int,
-    num_items_in_batch: torch.Tensor | int | None = None,
-) -> torch.Tensor:
-    """Next-token cross entropy in nats that holds the logits of `chunk_size` tokens at one time, forward and backward.
-
-    Args:
-        logits_of: Maps hidden states (tokens, hidden) to logits (tokens, vocabulary); called again in backward.
-        hidden_states: (batch, tokens, hidden), aligned with `labels`: what stands here predicts the label.
-        labels: (batch, tokens), -100 where there is nothing to learn; those tokens cost nothing.
-        chunk_size: Tokens a chunk.
-        num_items_in_batch: Divisor of the summed loss; the number of labels when None.
-    """
-    wanted = labels != -100
-    hidden_states, labels = hidden_states[wanted], labels[wanted]
-
-    def summed(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits_of(hidden).float(), target, reduction="sum")
-
-    loss = hidden_states.new_zeros((), dtype=torch.float32)
-    for hidden, target in zip(hidden_states.split(chunk_size), labels.split(chunk_size), strict=True):
-        loss = loss + checkpoint(summed, hidden, target, use_reentrant=False)
-    return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
 
 @auto_docstring
@@ -308,18 +256,74 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
             # There is no stored table to share: the head is the generated one.
             self.lm_head = None
             self._tied_weights_keys = None
+        # CODEPATH: vocabularies of numbers (fields) may be learned digit by digit; the published head is dense.
+        elif config.output_head == "digits":
+            digits = (config.embedding_base, config.embedding_num_digits)
+            self.lm_head = DigitHead(config.hidden_size, config.vocab_size, *digits, rank=config.output_head_rank)
+            self._tied_weights_keys, self._tp_plan = None, {}
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
         self.post_init()
+
+    def to_llama(self) -> LlamaForCausalLM:
+        """The same causal model as a [`LlamaForCausalLM`] of its own, the embedding baked into a lookup table.
+
+        LLaMA knows no prefix: causal logits are equal, a prefix is lost.
+
+        Raises:
+            ValueError: If the head is one of digits, which LLaMA does not have.
+        """
+        if self.config.output_head != "dense":
+            raise ValueError(f"output_head = {self.config.output_head!r} is not LLaMA's; only 'dense' heads are.")
+        embedding = self.model.embed_tokens
+        shared = [name for name in inspect.get_annotations(LlamaConfig) if hasattr(self.config, name)]
+        config = LlamaConfig(**{name: getattr(self.config, name) for name in shared if name != "model_type"})
+        table = embedding.weight.detach()
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith("model.embed_tokens.")}
+        state["model.embed_tokens.weight"] = table
+        state.setdefault("lm_head.weight", table)
+        llama = LlamaForCausalLM(config).to(self.device, self.dtype).eval()
+        llama.load_state_dict(state)
+        llama.generation_config = copy.deepcopy(self.generation_config)
+        return llama
+
+    def save_pretrained(self, save_directory: str | os.PathLike, bake: bool = False, **kwargs: Any) -> None:
+        """As in transformers; with `bake`, saves [`~LeviathanForCausalLM.to_llama`], for whatever reads LLaMA."""
+        if bake:
+            self.to_llama().save_pretrained(save_directory, **kwargs)
+        else:
+            super().save_pretrained(save_directory, **kwargs)
 
     def output_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The map from hidden states to logits; a tied generated table is generated once for all its uses."""
         if self.lm_head is not None:
             return self.lm_head
         # Through the module's forward, where sharded parameters are gathered.
-        table = self.model.embed_tokens(torch.arange(self.config.vocab_size, device=self.device))
-        return lambda hidden_states: F.linear(hidden_states, table)
+        return TableHead(self.model.embed_tokens(torch.arange(self.config.vocab_size, device=self.device)))
+
+    def _loss_without_logits(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Next-token cross entropy in nats a label, or over `num_items_in_batch`."""
+        shifted = F.pad(labels, (0, 1), value=-100)[..., 1:] if shift_labels is None else shift_labels
+        wanted = shifted != -100
+        hidden_states, target = hidden_states[wanted], shifted[wanted]
+        head, size = self.output_head(), self.config.loss_chunk_size
+        weight = getattr(head, "weight", None)
+        if isinstance(head, DigitHead):
+            loss = chunked_loss(lambda hidden, ids: -head.log_prob(hidden, ids).sum(), hidden_states, target, size)
+        # A head that is sharded, wrapped or quantised has a product of its own.
+        elif type(head) in (nn.Linear, TableHead) and type(weight) in (nn.Parameter, torch.Tensor) and len(weight):
+            loss = fused_cross_entropy(hidden_states, weight, target, size)
+        else:
+            loss = chunked_loss(cross_entropy_of(head), hidden_states, target, size)
+        return loss / (target.numel() if num_items_in_batch is None else num_items_in_batch)
 
     @can_return_tuple
     @auto_docstring
@@ -358,13 +362,9 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         head = self.output_head()
 
         loss, logits = None, None
-        # CODEPATH: runs with large vocabularies train by chunks (turbulence_64.yaml), the others with all logits.
-        if labels is not None and self.config.loss_chunk_size is not None:
-            shifted = kwargs.get("shift_labels")
-            shifted = F.pad(labels, (0, 1), value=-100)[..., 1:] if shifted is None else shifted
-            loss = chunked_cross_entropy(
-                head, hidden_states, shifted, self.config.loss_chunk_size, kwargs.get("num_items_in_batch")
-            )
+        # CODEPATH: runs with large vocabularies train without all logits (turbulence_64.yaml), the others with them.
+        if labels is not None and (self.config.loss_chunk_size is not None or self.config.output_head == "digits"):
+            loss = self._loss_without_logits(hidden_states, labels, **kwargs)
         else:
             if not isinstance(logits_to_keep, int) and logits_to_keep.dim() != 1:
                 raise ValueError(
@@ -392,10 +392,12 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         prefix_length: int | torch.LongTensor | None = None,
         **kwargs,
     ) -> dict[str, Any]:
-        """As in transformers; `prefix_length` becomes `token_type_ids`, which masks for static caches are made from."""
+        """As in transformers; for a cache of fixed size, masks are made from `token_type_ids`."""
         cache = kwargs.get("past_key_values")
         prefilled = cache is not None and bool(cache.get_seq_length() > 0)
-        if prefix_length is not None and (not prefilled or kwargs.get("is_first_iteration")):
+        reads_prefix = prefix_length is not None and (not prefilled or kwargs.get("is_first_iteration"))
+        fixed_size = cache is not None and cache.is_compileable
+        if reads_prefix and fixed_size:
             given = input_ids if inputs_embeds is None or input_ids.shape[1] > 0 else inputs_embeds
             kwargs["token_type_ids"] = prefix_token_types(
                 prefix_length, given.shape[1], given.shape[0], attention_mask, given.device
@@ -403,6 +405,8 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
+        if reads_prefix and not fixed_size:
+            inputs["prefix_length"] = prefix_length
         mask, types = inputs.get("attention_mask"), inputs.get("token_type_ids")
         in_mask = isinstance(mask, torch.Tensor) and mask.dim() == 4  # made from the types for a static cache
         # One token at a time is causal; a longer piece behind a filled cache is refused if it has a prefix.

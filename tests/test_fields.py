@@ -200,9 +200,10 @@ def test_grid_has_each_patch_once_with_its_own_future(fields, tokenizer):
                 np.testing.assert_array_equal(item["input_ids"][:64], ids[t, patch])
                 np.testing.assert_array_equal(item["input_ids"][64:], ids[t + 2, patch])
                 np.testing.assert_array_equal(item["labels"], [-100] * 64 + ids[t + 2, patch].tolist())
-                np.testing.assert_array_equal(item["token_type_ids"], [1] * 64 + [0] * 64)
     with pytest.raises(StopIteration):
         next(items)
+    batch = pairs.collate([pairs[0], pairs[1]])
+    assert (batch["input_ids"].shape, batch["labels"].shape, batch["prefix_length"]) == ((2, 128), (2, 128), 64)
 
 
 def test_random_patches_wrap_around(fields, tokenizer):

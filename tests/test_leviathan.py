@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 
 from leviathan import LeviathanConfig, LeviathanForCausalLM, LeviathanModel
-from leviathan.modeling_leviathan import chunked_cross_entropy, prefix_blocks
+from leviathan.attention_leviathan import prefix_blocks
 from sna_core import SeparableEmbedding
 
 VOCAB, PREFIX, TARGET = 48, 5, 4
@@ -69,6 +69,14 @@ KINDS = {
     "low_rank": {"embedding_type": "low_rank"},
     "low_rank-tied": {"embedding_type": "low_rank", "tie_word_embeddings": True},
     "grouped-query": {"num_key_value_heads": 2},
+    "digits": {"output_head": "digits", "output_head_rank": 8, "embedding_base": 7},
+    "digits-lookup": {
+        "output_head": "digits",
+        "output_head_rank": 8,
+        "embedding_type": "lookup",
+        "embedding_base": 7,
+        "embedding_num_digits": 2,
+    },
     "v1-reflected": {"embedding_variant": "v1", "embedding_low_digit": "reflected"},
 }
 kinds = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
@@ -240,7 +248,7 @@ def test_bfloat16_is_close(options):
     model, ids = tiny(**options), tokens()
     exact = model(ids, prefix_length=PREFIX).logits
     low = model.to(torch.bfloat16)(ids, prefix_length=PREFIX).logits
-    assert low.dtype == torch.bfloat16
+    assert low.dtype == (torch.float32 if options.get("output_head") == "digits" else torch.bfloat16)
     # Against what differs between positions: an error of the ids would be as large as that.
     varying = exact - exact.mean((0, 1))
     assert (low.float() - exact).norm() / varying.norm() < 0.15
@@ -289,33 +297,28 @@ def test_chunked_loss_equals_the_dense_one(options):
         assert (a.grad - b.grad).norm() < 1e-4 * b.grad.norm(), name
 
 
-def test_chunked_loss_never_holds_all_logits():
-    seen = []
-
-    def logits_of(hidden):
-        seen.append(hidden.shape[0])
-        return hidden @ torch.ones(4, 100)
-
-    hidden = torch.randn(2, 50, 4, requires_grad=True)
-    chunked_cross_entropy(logits_of, hidden, torch.zeros(2, 50, dtype=torch.long), 8).backward()
-    assert max(seen) == 8
-    assert sum(seen) == 200  # every token once forward and once again in backward
-
-
 @kinds
 @pytest.mark.parametrize("size", [40, 60, 400])
 def test_resize_token_embeddings(options, size, tmp_path):
     model, ids = tiny(**options), tokens() % 40
     before = model(ids, prefix_length=PREFIX).logits
+    digits = options.get("output_head") == "digits"
+    if digits and size > 49:
+        with pytest.raises(ValueError, match="2 digits of base 7 number 49"):
+            model.resize_token_embeddings(size)
+        torch.testing.assert_close(model(ids, prefix_length=PREFIX).logits, before)
+        return
     model.resize_token_embeddings(size)
     after = model(ids, prefix_length=PREFIX).logits
     assert after.shape[-1] == size
     assert model.config.vocab_size == size
     kept = min(size, VOCAB)
+    if digits:  # what the lost ids had goes to those beside them
+        before, after = (logits[..., :35].log_softmax(-1) for logits in (before, after))
     torch.testing.assert_close(after[..., :kept], before[..., :kept], rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(loaded(ids, prefix_length=PREFIX).logits, after)
+    torch.testing.assert_close(loaded(ids, prefix_length=PREFIX).logits[..., : after.shape[-1]], after)
 
 
 @kinds
@@ -375,6 +378,59 @@ def test_a_prefix_is_never_ignored_in_silence():
         model.generate(ids, attention_mask=mask, prefix_length=9, max_new_tokens=3, prefill_chunk_size=4)
     with pytest.raises(ValueError, match="holds 2 tokens already"):
         model.generate(ids, attention_mask=mask, prefix_length=9, max_new_tokens=3, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_the_digits_head_gives_a_distribution_and_its_loss():
+    model, ids = tiny(**KINDS["digits"]), tokens()
+    logits = model(ids, prefix_length=PREFIX).logits
+    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(logits.shape[:2]))
+    labels = F.pad(ids[:, PREFIX:], (PREFIX, 0), value=-100)
+    for chunk in (None, 3):
+        model.config.loss_chunk_size = chunk
+        out = model(ids, prefix_length=PREFIX, labels=labels)
+        assert out.logits is None
+        expected = -logits[:, PREFIX - 1 : -1].gather(-1, ids[:, PREFIX:, None]).mean()
+        torch.testing.assert_close(out.loss, expected)
+
+
+def test_the_digits_head_is_drawn_as_the_config_says_and_not_tied():
+    head = LeviathanForCausalLM(tiny_config(vocab_size=40_000, **KINDS["digits"] | {"embedding_base": 200})).lm_head
+    assert (head.base, head.num_digits, head.rank) == (200, 2, 8)
+    assert head.first_weight.std().item() == pytest.approx(0.2, rel=0.1)
+    assert head.digit_factors.mean().item() == pytest.approx(1.0, abs=0.02)
+    with pytest.raises(Exception, match="no table to tie"):
+        tiny_config(output_head="digits", tie_word_embeddings=True)
+
+
+@kinds
+def test_baking_exports_what_llama_loads(options, tmp_path):
+    model, ids = tiny(**options), tokens()
+    if options.get("output_head") == "digits":
+        with pytest.raises(ValueError, match="'digits' is not LLaMA's"):
+            model.save_pretrained(tmp_path, bake=True)
+        return
+    model.save_pretrained(tmp_path, bake=True)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    llama, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
+    expected = model(ids).logits
+    assert (llama(ids).logits - expected).norm() < 1e-5 * expected.norm()
+    prompts = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(llama.generate(ids, **prompts), model.generate(ids, **prompts))
+
+
+def test_evaluation_becomes_a_lookup_and_training_does_not():
+    model, ids = tiny(), torch.arange(VOCAB).unsqueeze(0)
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert embedding._table is not None  # as many rows as the table has
+        torch.testing.assert_close(model(ids).logits, expected)
+    model.train()(ids, labels=ids).loss.backward()
+    assert embedding._table is None
+    assert embedding.splines.grad is not None
 
 
 def test_low_rank_has_a_default_rank():

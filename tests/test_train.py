@@ -147,21 +147,25 @@ def test_it_learns_and_what_it_saves_loads(settings):
     assert str(Path.home()) not in json.dumps(report["provenance"])
 
 
-def test_evaluation_by_chunks_is_the_plain_one(settings, monkeypatch):
+@pytest.mark.parametrize("head", ["dense", "digits"])
+def test_evaluation_by_chunks_is_the_plain_one(settings, monkeypatch, head):
+    settings["model"]["output_head"] = head
     parts = train.build(copied(settings))
     trainer = train.FieldTrainer(
         model=parts.model, args=parts.args, eval_dataset=parts.validation, processing_class=parts.tokenizer
     )
-    batch = {k: torch.stack([parts.validation[i][k] for i in range(4)]) for k in parts.validation[0]}
+    batch = parts.train.collate([parts.validation[i] for i in range(4)])
+    half = parts.tokenizer.tokens_per_patch
+    assert batch["prefix_length"] == half
     model = parts.model.eval()
     monkeypatch.setattr(train, "EVALUATION_LOGITS", 7 * 32)
     loss, expected, labels = trainer.prediction_step(model, batch, False)
     with torch.no_grad():
-        out = model(**batch)
-    torch.testing.assert_close(loss, out.loss)
-    half = parts.tokenizer.tokens_per_patch
+        torch.testing.assert_close(loss, model(**batch).loss)
+        out = model(batch["input_ids"], prefix_length=half)
     probability = out.logits[:, half - 1 : -1].double().softmax(-1)
-    torch.testing.assert_close(expected, probability @ torch.arange(32, dtype=torch.float64))
+    mean = probability @ torch.arange(32, dtype=torch.float64)
+    torch.testing.assert_close(expected, mean, rtol=1e-6, atol=1e-5)
     assert torch.equal(labels, batch["input_ids"][:, half:])
 
 
@@ -178,7 +182,9 @@ def test_loss_is_on_the_next_state_alone_and_accumulation_changes_nothing(settin
     same_training(tmp_path / "two", tmp_path / "one")
 
 
-def test_the_embedding_has_its_own_learning_rate_and_no_decay(settings):
+@pytest.mark.parametrize("head", ["dense", "digits"])
+def test_the_embedding_has_its_own_learning_rate_and_what_lives_near_one_no_decay(settings, head):
+    settings["model"]["output_head"] = head
     settings["training"] |= {"embedding_learning_rate": 7e-3, "weight_decay": 0.1}
     parts = train.build(copied(settings))
     trainer = train.FieldTrainer(
@@ -190,7 +196,21 @@ def test_the_embedding_has_its_own_learning_rate_and_no_decay(settings):
     assert (own["lr"], own["weight_decay"]) == (7e-3, 0.0)
     assert {g["lr"] for g in groups if g is not own} == {3e-3}
     assert sum(len(g["params"]) for g in groups) == len(list(parts.model.parameters()))
-    assert any(g["weight_decay"] == 0.1 for g in groups)
+    decayed = {id(p) for g in groups if g["weight_decay"] == 0.1 for p in g["params"]}
+    for name, parameter in parts.model.lm_head.named_parameters():
+        assert (id(parameter) in decayed) == (name.endswith("weight")), name
+
+
+def test_training_reads_the_prior_state_in_both_directions(settings, monkeypatch):
+    parts, seen = train.build(copied(settings)), []
+    forward = type(parts.model).forward
+    monkeypatch.setattr(
+        type(parts.model),
+        "forward",
+        lambda self, **inputs: seen.append((self.training, inputs["prefix_length"])) or forward(self, **inputs),
+    )
+    train.run(copied(settings, max_steps=2))
+    assert seen == [(True, 16)] * 2
 
 
 def test_reference_scores():
@@ -251,7 +271,11 @@ def test_evaluation_has_the_precision_of_training(settings, monkeypatch):
     settings["training"]["bf16"] = True
     parts = train.build(copied(settings))
     trainer = train.FieldTrainer(
-        model=parts.model, args=parts.args, eval_dataset=parts.validation, processing_class=parts.tokenizer
+        model=parts.model,
+        args=parts.args,
+        eval_dataset=parts.validation,
+        processing_class=parts.tokenizer,
+        data_collator=parts.train.collate,
     )
     seen = []
     parts.model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda m, i, out: seen.append(out.dtype))

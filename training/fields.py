@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 if TYPE_CHECKING:
     import datasets
@@ -272,8 +272,7 @@ class PatchPairs(Dataset):
     """Pairs of one patch at two times, as token sequences for a Prefix-LM: p(t) is read, p(t + stride) is learned.
 
     Item: `input_ids` `(2 n,)`, the n tokens of p(t), then those of p(t + stride); `labels` `(2 n,)`, −100 on the
-    first half and the ids on the second; `token_type_ids` `(2 n,)`, 1 on the first half (the prefix, seen by every
-    position) and 0 on the second. All int64; n = patch_size².
+    first half and the ids on the second. Both int64; n = `prefix_length` = patch_size².
 
     `offsets="grid"` (the paper's): the non-overlapping patches of the grid, each (trajectory, t, patch) once, patches
     in row-major order fastest. `offsets="random"`: `num_items` items; item i draws a trajectory, a t, a patch anywhere
@@ -343,6 +342,15 @@ class PatchPairs(Dataset):
     def __len__(self) -> int:
         return self.num_items
 
+    @property
+    def prefix_length(self) -> int:
+        """Tokens of the first state, which every position sees."""
+        return self.tokenizer.tokens_per_patch
+
+    def collate(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """A batch as the model takes it: tensors (batch, 2 n), and one `prefix_length` for all rows."""
+        return default_collate(items) | {"prefix_length": self.prefix_length}
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self.num_items:
             raise IndexError(f"item {index} does not exist; there are {self.num_items}")
@@ -350,7 +358,6 @@ class PatchPairs(Dataset):
         return {
             "input_ids": torch.cat([prefix, self._noisy(target, int(index))]),
             "labels": torch.cat([torch.full_like(prefix, IGNORED_LABEL), target]),
-            "token_type_ids": torch.cat([torch.ones_like(prefix), torch.zeros_like(target)]),
         }
 
     def _noisy(self, target: Tensor, index: int) -> Tensor:

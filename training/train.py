@@ -26,11 +26,11 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 
 from leviathan import FieldTokenizer, LeviathanConfig, LeviathanForCausalLM
+from sna_core import DigitHead
 from training.fields import FieldFile, PatchPairs, data_record, sample_snapshots, split_trajectories
 from training.provenance import provenance, relative, write_json
 from training.settings import Settings, parse_arguments
@@ -101,7 +101,8 @@ class FieldTrainer(Trainer):
             return self.optimizer
         model = self.model if model is None else model
         embedding = {id(p) for p in model.get_input_embeddings().parameters()}
-        decayed = set(self.get_decay_parameter_names(model))
+        # As the embedding's splines, the factors of a head of digits live near one.
+        decayed = {name for name in self.get_decay_parameter_names(model) if not name.endswith("digit_factors")}
         own_rate = self.args.embedding_learning_rate
         groups = {
             "decayed": {"weight_decay": self.args.weight_decay},
@@ -132,7 +133,7 @@ class FieldTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():  # the wrapped forward's, which this goes past
             hidden = unwrapped.model(
-                input_ids=inputs["input_ids"], token_type_ids=inputs["token_type_ids"], use_cache=False
+                input_ids=inputs["input_ids"], prefix_length=inputs["prefix_length"], use_cache=False
             ).last_hidden_state[:, :-1]
             wanted = labels != -100
             target = labels[wanted]
@@ -140,6 +141,10 @@ class FieldTrainer(Trainer):
             size = max(1, EVALUATION_LOGITS // unwrapped.config.vocab_size)
             losses, expected = [], []
             for chunk, truth in zip(hidden[wanted].split(size), target.split(size), strict=True):
+                if isinstance(head, DigitHead):
+                    losses.append(-head.log_prob(chunk, truth).sum())
+                    expected.append(head.expectation(chunk))
+                    continue
                 logits = head(chunk).float()
                 losses.append(F.cross_entropy(logits, truth, reduction="sum"))
                 ids = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float64)
@@ -203,14 +208,16 @@ def describe(model: LeviathanForCausalLM, args: TrainingArguments, tokens_per_it
     """Parameter counts, tokens and an estimate of the memory of training."""
     embedding = sum(p.numel() for p in model.get_input_embeddings().parameters())
     total = sum(p.numel() for p in model.parameters())  # shared tensors count once
-    head = 0 if model.config.tie_word_embeddings else model.lm_head.weight.numel()
+    head = 0 if model.config.tie_word_embeddings else sum(p.numel() for p in model.lm_head.parameters())
     items = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     config = model.config
     # Kept for backward a token and layer: about 8 vectors of the hidden size, 3 of the MLP's, and the attention's
     # inputs; the logits of a chunk, their gradient and their float32 copy.
     token = config.num_hidden_layers * (10 * config.hidden_size + 3 * config.intermediate_size) * 4
     batch_tokens = args.train_batch_size * tokens_per_item
-    logits = min(batch_tokens, config.loss_chunk_size or batch_tokens) * config.vocab_size * 4 * 3
+    # Those of a head of digits are as few as the base.
+    width = config.vocab_size if config.output_head == "dense" else model.lm_head.base * model.lm_head.num_digits
+    logits = min(batch_tokens, config.loss_chunk_size or batch_tokens) * width * 4 * 3
     return {
         "num_parameters": total,
         "embedding_parameters": embedding,
@@ -395,7 +402,7 @@ def run(settings: Settings, dry_run: bool = False) -> dict[str, Any]:
         args=args,
         train_dataset=parts.train,
         eval_dataset=parts.validation,
-        data_collator=default_data_collator,
+        data_collator=parts.train.collate,
         processing_class=tokenizer,
         compute_metrics=lambda p: {"nrmse": nrmse(p.predictions, p.label_ids, tokenizer)},
         callbacks=[JsonLog(output / "log.jsonl")],

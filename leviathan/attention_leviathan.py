@@ -1,0 +1,238 @@
+# Copyright 2026 The leviathan-sna authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Prefix-LM attention: without a mask where all rows have one prefix, and what masks are made from elsewhere.
+
+Flash kernels cannot mask a prefix, and a dense mask of (tokens x tokens) is what makes long states slow. But the
+pattern of one prefix is made of blocks that flash kernels do know: the prefix attends to itself without a mask, the
+target to the prefix without a mask and to itself causally. transformers knows it as the attention implementation
+`"prefix_sdpa"`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import PreTrainedModel
+
+PREFIX_SDPA = "prefix_sdpa"
+
+
+def prefix_attention(
+    query: Tensor, key: Tensor, value: Tensor, prefix_length: int, scale: float | None = None
+) -> Tensor:
+    r"""Attention of a prefix of P tokens and a causal target behind it, without a mask tensor.
+
+    Row i attends to column j where :math:`j \le i` or :math:`j < P`. Prefix rows are one unmasked call, target rows one
+    call with a causal bias aligned at the bottom right (CUDA), or two calls, one of them unmasked, merged by their
+    log-sum-exp (CPU, whose kernel knows the square causal bias alone). Memory is linear in the tokens.
+
+    Shapes: query, key, value (batch, heads, tokens, head_dim) -> (batch, heads, tokens, head_dim). Differentiable once.
+    ``scale`` None is :math:`1 / \sqrt{head\_dim}`.
+    """
+    num_tokens, kind = query.shape[2], query.device.type
+    if torch.is_autocast_enabled(kind):  # which does not know of the kernels below
+        query, key, value = (each.to(torch.get_autocast_dtype(kind)) for each in (query, key, value))
+    if prefix_length <= 1:  # a prefix of one token is causal already
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    if prefix_length >= num_tokens:
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+    blocks_of = _CpuPrefixAttention.apply if kind == "cpu" else _two_calls
+    return blocks_of(query, key, value, prefix_length, scale)
+
+
+def _two_calls(query: Tensor, key: Tensor, value: Tensor, prefix_length: int, scale: float | None) -> Tensor:
+    inside, behind = query.split([prefix_length, query.shape[2] - prefix_length], dim=2)
+    bias = causal_lower_right(behind.shape[2], query.shape[2])
+    blocks = (
+        F.scaled_dot_product_attention(inside, key[:, :, :prefix_length], value[:, :, :prefix_length], scale=scale),
+        F.scaled_dot_product_attention(behind, key, value, attn_mask=bias, scale=scale),
+    )
+    return torch.cat(blocks, dim=2)
+
+
+def prefix_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, prefix_length: int, scale: float | None = None
+) -> Tensor:
+    """The formula as written, with a dense mask: the oracle of :func:`prefix_attention`."""
+    place = torch.arange(query.shape[2], device=query.device)
+    allowed = (place.unsqueeze(0) <= place.unsqueeze(1)) | (place < prefix_length)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
+
+
+class _CpuPrefixAttention(torch.autograd.Function):
+    """Blocks of PyTorch's CPU flash kernel.
+
+    A block's gradient needs of the other blocks only the merged output and log-sum-exp, as in ring attention (Liu et
+    al., arXiv 2310.01889).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, prefix_length, scale):  # noqa: ANN001, ANN205
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        outputs, sums = [], []
+        for rows, columns, causal in _blocks(prefix_length):
+            output, log_sum = flash(
+                query[:, :, rows], key[:, :, columns], value[:, :, columns], 0.0, causal, scale=scale
+            )
+            outputs.append(output)
+            sums.append(log_sum)
+        log_sum = torch.logaddexp(sums[1], sums[2])
+        shares = [(each - log_sum).exp().unsqueeze(-1) for each in sums[1:]]
+        behind = outputs[1] * shares[0] + outputs[2] * shares[1]
+        output = torch.cat([outputs[0], behind.to(query.dtype)], dim=2)
+        log_sum = torch.cat([sums[0], log_sum], dim=2)
+        ctx.save_for_backward(query, key, value, output, log_sum)
+        ctx.prefix_length, ctx.scale = prefix_length, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):  # noqa: ANN001, ANN205
+        query, key, value, output, log_sum = ctx.saved_tensors
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        to_query, to_key, to_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for rows, columns, causal in _blocks(ctx.prefix_length):
+            block = backward(
+                gradient[:, :, rows],
+                query[:, :, rows],
+                key[:, :, columns],
+                value[:, :, columns],
+                output[:, :, rows],
+                log_sum[:, :, rows],
+                0.0,
+                causal,
+                scale=ctx.scale,
+            )
+            to_query[:, :, rows] += block[0]
+            to_key[:, :, columns] += block[1]
+            to_value[:, :, columns] += block[2]
+        return to_query, to_key, to_value, None, None
+
+
+def _blocks(prefix_length: int) -> tuple[tuple[slice, slice, bool], ...]:
+    """Rows, columns and whether causal: the prefix on itself, then the target on the prefix and on itself."""
+    inside, behind = slice(prefix_length), slice(prefix_length, None)
+    return (inside, inside, False), (behind, inside, False), (behind, behind, True)
+
+
+def prefix_sdpa_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    prefix_length: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention interface of transformers: SDPA, or :func:`prefix_attention` where the model gives `prefix_length`.
+
+    Shapes: query (batch, heads, tokens, head_dim), key and value with as many or fewer heads -> (batch, tokens, heads,
+    head_dim).
+    """
+    if prefix_length is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    num_tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
+    key, value = (repeat_kv(each[:, :, :num_tokens], groups) for each in (key, value))  # a static cache is longer
+    output = prefix_attention(query, key, value, prefix_length, scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def needs_no_mask(
+    model: PreTrainedModel,
+    prefix_length: int | Tensor | None,
+    num_tokens: int,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> bool:
+    """Whether ``model`` can leave the prefix to :func:`prefix_attention`: one for all rows, no padding, no packing."""
+    if model.config._attn_implementation != PREFIX_SDPA or not isinstance(prefix_length, int):
+        return False
+    if not 0 <= prefix_length <= num_tokens or (model.training and model.config.attention_dropout):
+        return False
+    if attention_mask is None and position_ids is None:
+        return True
+    if torch.compiler.is_compiling():  # which must not look at values
+        return False
+    if attention_mask is not None:
+        return bool(attention_mask.all())
+    return bool((position_ids.diff() == 1).all())  # where they restart, documents are packed
+
+
+def prefix_token_types(
+    prefix_length: int | Tensor,
+    num_tokens: int,
+    batch_size: int,
+    attention_mask: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Marks the first ``prefix_length`` tokens of each row that are not padding: (batch, num_tokens) of 1 and 0.
+
+    Raises:
+        ValueError: If ``prefix_length`` is neither an integer nor of shape (batch,), negative, or more than a row has.
+    """
+    if isinstance(prefix_length, int):
+        if prefix_length < 0:
+            raise ValueError(f"prefix_length = {prefix_length}; expected 0 or more tokens.")
+    elif tuple(prefix_length.shape) != (batch_size,):
+        raise ValueError(
+            f"prefix_length has shape {tuple(prefix_length.shape)}; expected an integer or one for each of the "
+            f"{batch_size} rows."
+        )
+    else:
+        prefix_length = prefix_length.to(device).unsqueeze(-1)
+    mask = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)
+    if attention_mask is not None:
+        mask = attention_mask[:, :num_tokens].bool()
+    place = mask.cumsum(-1)  # padding on the left holds no place
+    if not torch.compiler.is_compiling() and (place[:, -1:] < prefix_length).any():
+        raise ValueError(
+            f"prefix_length exceeds the {int(place[:, -1].min())} tokens of a row; a prefix is part of what is "
+            "given, and read in one forward pass (no shorter prefill_chunk_size)."
+        )
+    return ((place <= prefix_length) & mask).long()
+
+
+def prefix_blocks(token_type_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Numbers the runs of ``token_type_ids == 1`` in each row, and -1 elsewhere: (batch, tokens) -> (batch, tokens).
+
+    A run ends where ``position_ids`` restart as well, so that the prefixes of packed documents stay apart.
+    """
+    inside = token_type_ids == 1
+    starts = inside & ~F.pad(inside[:, :-1], (1, 0))
+    if position_ids is not None:
+        restarts = F.pad(position_ids[:, 1:] - position_ids[:, :-1] != 1, (1, 0), value=True)
+        starts = starts | (inside & restarts)
+    return torch.where(inside, starts.cumsum(-1) - 1, -1)
+
+
+AttentionInterface.register(PREFIX_SDPA, prefix_sdpa_attention_forward)
+AttentionMaskInterface.register(PREFIX_SDPA, sdpa_mask)
+
+__all__ = [
+    "PREFIX_SDPA",
+    "needs_no_mask",
+    "prefix_attention",
+    "prefix_attention_reference",
+    "prefix_blocks",
+    "prefix_sdpa_attention_forward",
+    "prefix_token_types",
+]

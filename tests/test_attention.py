@@ -1,0 +1,147 @@
+"""Attention of a prefix without a mask equals the dense formula, and makes no tensor of tokens x tokens."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from leviathan.attention_leviathan import PREFIX_SDPA, _two_calls, prefix_attention, prefix_attention_reference
+from tests.test_leviathan import PREFIX, TARGET, tiny, tokens
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative, in norm
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements among the tensors that operations return."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(each, torch.Tensor):
+                self.numel = max(self.numel, each.numel())
+        return out
+
+
+def inputs(num_tokens, dtype, heads=3, head_dim=8):
+    shape = (2, num_tokens, heads, head_dim)  # as a projection leaves them
+    return [torch.randn(shape, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+
+
+def same_values_and_gradients(attention, num_tokens, prefix, dtype):
+    given_ones = inputs(num_tokens, dtype)
+    exact = [each.detach().double().requires_grad_() for each in given_ones]
+    out, expected = attention(*given_ones, prefix, 0.3), prefix_attention_reference(*exact, prefix, 0.3)
+    gradient = torch.randn_like(out)
+    pairs = zip(
+        (out, *torch.autograd.grad(out, given_ones, gradient)),
+        (expected, *torch.autograd.grad(expected, exact, gradient.double())),
+        strict=True,
+    )
+    for a, b in pairs:
+        assert relative(a, b) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@given(num_tokens=st.integers(2, 70), share=st.floats(0, 1))
+def test_equals_the_dense_formula(dtype, num_tokens, share):
+    same_values_and_gradients(prefix_attention, num_tokens, round(share * num_tokens), dtype)
+
+
+@given(num_tokens=st.integers(3, 40), share=st.floats(0, 1))
+def test_the_two_calls_of_other_devices_equal_it_too(num_tokens, share):
+    prefix = min(max(2, round(share * num_tokens)), num_tokens - 1)
+    same_values_and_gradients(_two_calls, num_tokens, prefix, torch.float32)
+
+
+def test_autocast_takes_its_dtype():
+    query, key, value = inputs(20, torch.float32)
+    expected = prefix_attention(*(each.bfloat16() for each in (query, key, value)), 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prefix_attention(query, key, value.bfloat16(), 7), expected)  # rotation leaves float32
+
+
+def test_long_states():
+    same_values_and_gradients(prefix_attention, 700, 400, torch.float32)
+
+
+def test_the_default_model_computes_what_masks_do():
+    ids = tokens()
+    labels = ids.clone()
+    results = []
+    for attention in (None, "sdpa", "eager"):
+        for options in ({}, {"num_key_value_heads": 2}):
+            model = tiny(attention, **options).train()
+            assert model.config._attn_implementation == (attention or PREFIX_SDPA)
+            out = model(ids, prefix_length=PREFIX, labels=labels)
+            out.loss.backward()
+            results.append((options, out.logits, {name: p.grad for name, p in model.named_parameters()}))
+    for options, logits, gradients in results[2:]:
+        _, expected, exact = next(result for result in results[:2] if result[0] == options)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        for name, gradient in gradients.items():
+            assert relative(gradient, exact[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("mask", [None, "ones"])
+def test_no_tensor_of_tokens_by_tokens_is_made(mask):
+    ids = tokens(1, 600)
+    largest = {}
+    for attention in (None, "sdpa"):
+        model = tiny(attention, max_position_embeddings=1024, loss_chunk_size=64).train()
+        with Largest() as watch:
+            given_mask = torch.ones_like(ids) if mask else None
+            model(ids, attention_mask=given_mask, prefix_length=300, labels=ids).loss.backward()
+        largest[attention] = watch.numel
+    assert largest[None] < 600 * 600 / 4
+    assert largest["sdpa"] >= 600 * 600  # what a mask costs: the test can fail
+
+
+def test_generation_reads_its_prefix_without_a_mask():
+    model, ids = tiny(max_position_embeddings=1024), tokens(1, 600)
+    with Largest() as watch:
+        model.generate(ids, attention_mask=torch.ones_like(ids), prefix_length=600, max_new_tokens=2, do_sample=False)
+    assert watch.numel < 600 * 600 / 4
+
+
+def test_padding_and_prefixes_of_different_lengths_are_masked():
+    model, ids = tiny(), tokens(2, PREFIX + TARGET)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    reference = tiny("eager")
+    for options in (
+        {"attention_mask": mask, "prefix_length": 3},
+        {"prefix_length": torch.tensor([2, 5])},
+        {"prefix_length": 3, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])},
+    ):
+        kept = options.get("attention_mask", mask.new_ones(mask.shape)).bool()
+        out, expected = (each(ids, **options).logits[kept] for each in (model, reference))
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_of_attention_is_not_forgotten():
+    model, ids = tiny(attention_dropout=0.5).train(), tokens()
+    a, b = (model(ids, prefix_length=PREFIX).logits for _ in range(2))
+    assert not torch.allclose(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_computes_what_the_formula_says(dtype):
+    given_ones = [each.detach().cuda().requires_grad_() for each in inputs(700, dtype, head_dim=64)]
+    exact = [each.detach().double().requires_grad_() for each in given_ones]
+    out, expected = prefix_attention(*given_ones, 400), prefix_attention_reference(*exact, 400)
+    gradient = torch.randn_like(out)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-3
+    for a, b in zip(
+        (out, *torch.autograd.grad(out, given_ones, gradient)),
+        (expected, *torch.autograd.grad(expected, exact, gradient.double())),
+        strict=True,
+    ):
+        assert relative(a, b) < tolerance
