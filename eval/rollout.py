@@ -23,7 +23,7 @@ from transformers import AutoFeatureExtractor, AutoModelForCausalLM
 import leviathan
 from eval import figures, metrics
 from eval.card import summary_text
-from leviathan.generation_leviathan import DETERMINISTIC, RANDOM
+from leviathan.decoding_leviathan import DETERMINISTIC, RANDOM
 from training.fields import FieldFile, data_record, split_trajectories
 from training.provenance import provenance, relative, write_json
 

@@ -15,26 +15,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers.generation import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation import LogitsProcessor
 from transformers.modeling_utils import PreTrainedModel
 
+from .decoding_leviathan import DETERMINISTIC, RANDOM, Decoder, Sampler, Sampling, checked, expected_ids
 from .tokenization_leviathan import FieldTokenizer
-
-Sampling = Literal["expectation", "greedy", "top_k", "top_p", "sample"]
-DETERMINISTIC = ("expectation", "greedy")
-RANDOM = ("top_k", "top_p", "sample")
 
 
 class ExpectationLogitsProcessor(LogitsProcessor):
-    r"""Leaves one id: the one whose level holds the expected value, :math:`\mathrm{round}(\sum_v p_v v)`.
-
-    Level centres are evenly spaced, so the expectation of the centres re-quantised is the expectation of the ids
-    rounded. Greedy decoding behind this processor is the paper's "expectation" sampling (arXiv 2603.12244, figure 5).
+    """Leaves one id, [`expected_ids`]: greedy decoding behind it is the paper's "expectation" sampling, for `generate`.
 
     Shapes: scores (batch, vocabulary) -> (batch, vocabulary), 0 at the id left and -inf elsewhere.
     """
@@ -43,12 +35,7 @@ class ExpectationLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Maps each row's scores to those of its expected id."""
-        dtype = torch.float64 if scores.device.type != "mps" else torch.float32
-        ids = torch.arange(scores.shape[-1], device=scores.device, dtype=dtype)
-        expected = (scores.softmax(-1, dtype=dtype) @ ids).round()
-        if not expected.isfinite().all():
-            raise ValueError("the model's scores are not finite; its weights are broken or its dtype too narrow.")
-        expected = expected.long()
+        expected = checked(expected_ids(scores))
         return torch.full_like(scores, -torch.inf).scatter_(-1, expected.unsqueeze(-1), 0.0)
 
 
@@ -65,6 +52,7 @@ def rollout(
     seed: int | None = None,
     num_samples: int = 1,
     batch_size: int = 256,
+    block_size: int = 1,
     use_cache: bool = True,
     progress: bool = True,
 ) -> torch.Tensor:
@@ -84,10 +72,13 @@ def rollout(
         top_k: Levels kept by ``"top_k"``.
         top_p: Probability kept by ``"top_p"``.
         temperature: Divides the logits of the random samplings.
-        seed: Seeds the random samplings: same seed and batch_size, same result, and the global generator is left as it
-            was. None draws from the global generator.
+        seed: Seeds the random samplings, whose every token is a function of its logits and one uniform number: same
+            seed, same result, and the global generator is left as it was. None draws from the global generator.
         num_samples: Independent rollouts of each field.
         batch_size: Patches in one forward pass.
+        block_size: Tokens decoded at one time, by Jacobi iteration from the prior state ([`Decoder.by_blocks`]): the
+            same result, up to rounding of the logits, in fewer passes where states change little. Pays where a pass
+            over several tokens costs about as much as over one: on a GPU, or with few patches.
         use_cache: Keep keys and values of earlier tokens. Without, the result is the same and slower.
         progress: Show a progress bar.
 
@@ -100,68 +91,71 @@ def rollout(
             out-of-range options, or on several samples of a deterministic sampling.
     """
     _check_fit(model, tokenizer)
-    _check_options(num_steps, sampling, top_k, top_p, temperature, num_samples, batch_size)
-    device = model.device
+    _check_options(num_steps, sampling, top_k, top_p, temperature, num_samples, batch_size, block_size)
+    if block_size > 1 and not use_cache:
+        raise ValueError(f"block_size = {block_size} needs the cache; leave use_cache=True.")
     ids = tokenizer(fields, return_tensors="pt")["input_ids"]
     height, width = np.shape(fields)[-2:]
     patches = (height // tokenizer.patch_size) * (width // tokenizer.patch_size)
     num_fields = ids.shape[0] // patches
     # (fields, samples, patches, tokens): every sample is a stream of its own
     ids = ids.view(num_fields, 1, patches, -1).repeat(1, num_samples, 1, 1).flatten(0, 2)
-
-    # What is stored with the model (penalties, beams) must not bend the distribution: generate fills gaps from it.
-    stored, model.generation_config = model.generation_config, GenerationConfig()
-    config = GenerationConfig(
-        max_new_tokens=tokenizer.tokens_per_patch,
-        use_cache=use_cache,
-        do_sample=sampling in RANDOM,
-        temperature=float(temperature) if sampling in RANDOM else None,
-        top_k=(top_k if sampling == "top_k" else 0) if sampling in RANDOM else None,
-        top_p=(top_p if sampling == "top_p" else 1.0) if sampling in RANDOM else None,
-        pad_token_id=0,
-    )
-    processors = LogitsProcessorList([ExpectationLogitsProcessor()] if sampling == "expectation" else [])
+    generator = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
 
     was_training = model.training
     model.eval()
     states = []
-    seeded = seed is not None and sampling in RANDOM
-    devices = range(torch.cuda.device_count()) if device.type == "cuda" else []  # manual_seed reaches all of them
     try:
-        with (
-            torch.random.fork_rng(devices, enabled=seeded),
-            tqdm(total=num_steps * ids.shape[0], desc="rollout", unit="patch", disable=not progress) as bar,
-        ):
-            if seeded:
-                torch.manual_seed(seed)
+        _bake(model, num_tokens=num_steps * ids.numel())
+        sampler = Sampler(model.output_head(), sampling, top_k, top_p, temperature)
+        decoder = Decoder(model, sampler, tokenizer.tokens_per_patch, block_size)
+        decode = decoder if use_cache else decoder.without_cache
+        with tqdm(
+            total=num_steps * ids.numel(), desc="rollout", unit="tok", unit_scale=True, disable=not progress
+        ) as bar:
             for _ in range(num_steps):
+                uniform = (
+                    torch.rand(ids.shape, generator=generator, dtype=torch.float64) if sampling in RANDOM else None
+                )
                 batches = []
-                for prefix in ids.split(batch_size):
-                    prefix = prefix.to(device)
-                    sequence = model.generate(
-                        prefix,
-                        attention_mask=torch.ones_like(prefix),
-                        prefix_length=tokenizer.tokens_per_patch,
-                        generation_config=config,
-                        logits_processor=processors,
-                    )
-                    batches.append(sequence[:, tokenizer.tokens_per_patch :].cpu())
-                    bar.update(prefix.shape[0])
+                for i in range(0, len(ids), batch_size):
+                    rows = slice(i, i + batch_size)
+                    numbers = None if uniform is None else uniform[rows].to(model.device)
+                    batches.append(decode(ids[rows].to(model.device), numbers).cpu())
+                    bar.update(batches[-1].numel())
                 ids = torch.cat(batches)
                 states.append(tokenizer.decode(ids, field_shape=(height, width)))
     finally:
         model.train(was_training)
-        model.generation_config = stored
     result = torch.stack(states, dim=1).view(num_fields, num_samples, num_steps, height, width)
     return result if num_samples > 1 else result[:, 0]
 
 
+def _bake(model: PreTrainedModel, num_tokens: int) -> None:
+    """Bakes a generated embedding if as many tokens are read as it has, or if CUDA graphs must find it baked."""
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, "bake") and (model.device.type == "cuda" or num_tokens >= embedding.num_embeddings):
+        embedding.bake()
+
+
 def _check_options(
-    num_steps: int, sampling: str, top_k: int, top_p: float, temperature: float, num_samples: int, batch_size: int
+    num_steps: int,
+    sampling: str,
+    top_k: int,
+    top_p: float,
+    temperature: float,
+    num_samples: int,
+    batch_size: int,
+    block_size: int,
 ) -> None:
     if sampling not in DETERMINISTIC + RANDOM:
         raise ValueError(f"sampling = {sampling!r}; expected one of {list(DETERMINISTIC + RANDOM)}.")
-    counts = {"num_steps": num_steps, "num_samples": num_samples, "batch_size": batch_size}
+    counts = {
+        "num_steps": num_steps,
+        "num_samples": num_samples,
+        "batch_size": batch_size,
+        "block_size": block_size,
+    }
     for name, value in counts.items() | ({("top_k", top_k)} if sampling == "top_k" else set()):
         if value < 1:
             raise ValueError(f"{name} = {value}; expected at least 1.")

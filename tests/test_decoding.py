@@ -1,0 +1,195 @@
+"""All ways to decode give the sequence of the plain loop, for every sampling."""
+
+import pytest
+import torch
+
+from leviathan.decoding_leviathan import (
+    DETERMINISTIC,
+    RANDOM,
+    Decoder,
+    Sampler,
+    _Graphs,
+    expected_ids,
+    inverse_distribution,
+)
+from sna_core import DigitHead
+from tests.test_leviathan import KINDS, tiny, tokens
+
+SAMPLINGS = DETERMINISTIC + RANDOM
+ROWS, LENGTH = 5, 16
+kinds = pytest.mark.parametrize("kind", ["separable", "grouped-query", "digits", "separable-tied", "lookup"])
+
+
+def decoder(kind="separable", sampling="greedy", attention=None, **options):
+    model = tiny(attention, **KINDS[kind])
+    return Decoder(model, Sampler(model.output_head(), sampling, top_k=5, temperature=0.7), LENGTH, **options)
+
+
+def inputs():
+    return tokens(ROWS, LENGTH), torch.rand(ROWS, LENGTH, dtype=torch.float64)
+
+
+@kinds
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@torch.no_grad()
+def test_cache_and_blocks_equal_the_plain_loop(kind, sampling):
+    prefix, uniform = inputs()
+    plain = decoder(kind, sampling)
+    expected = plain.without_cache(prefix, uniform)
+    assert expected.shape == (ROWS, LENGTH)
+    assert torch.equal(plain.one_by_one(prefix, uniform), expected)
+    for block in (2, 5, LENGTH, 2 * LENGTH):
+        by_blocks = decoder(kind, sampling, block_size=block)
+        assert torch.equal(by_blocks(prefix, uniform), expected)
+        assert by_blocks.num_passes <= LENGTH - 1
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_every_attention_decodes_the_same(attention):
+    prefix, uniform = inputs()
+    expected = decoder().without_cache(prefix, uniform)
+    assert torch.equal(decoder(attention=attention)(prefix, uniform), expected)
+    assert torch.equal(decoder(attention=attention, block_size=4)(prefix, uniform), expected)
+
+
+@torch.no_grad()
+def test_flex_attention_decodes_token_by_token():
+    prefix, _ = inputs()
+    assert torch.equal(decoder(attention="flex_attention")(prefix), decoder().without_cache(prefix))
+    with pytest.raises(ValueError, match="block_size = 4 needs attention with a dense mask"):
+        decoder(attention="flex_attention", block_size=4)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@torch.no_grad()
+def test_the_step_of_the_cuda_graphs_equals_the_plain_loop(sampling, monkeypatch):
+    """The step as it is captured, replayed by calling it: what a CPU can check."""
+
+    class Replayed:
+        def __init__(self, graphs, end):
+            self.replay = lambda: graphs.step(end)
+
+    monkeypatch.setattr(_Graphs, "capture", lambda graphs, end: Replayed(graphs, end))
+    monkeypatch.setattr("leviathan.decoding_leviathan.GRAPH_TOKENS", 6)
+    stepping = decoder("grouped-query", sampling)
+    for _ in range(2):  # the second on buffers that hold the first
+        prefix, uniform = inputs()
+        assert torch.equal(stepping.by_graphs(prefix, uniform), stepping.without_cache(prefix, uniform))
+        torch.manual_seed(1)
+
+
+@torch.no_grad()
+def test_a_good_guess_takes_few_passes_and_a_bad_one_costs_none_extra():
+    prefix, _ = inputs()
+    state = decoder().without_cache(prefix)
+
+    class Fixed:  # a sampler for which the next state is the prior one, whatever the model says
+        def __init__(self, target):
+            self.target, self.i = target, 0
+
+        def __call__(self, hidden, uniform):
+            return uniform.round().long()
+
+    for target, passes in ((prefix, 4), ((prefix + 1) % 48, LENGTH - 1)):
+        by_blocks = Decoder(tiny(), Fixed(target), LENGTH, block_size=5)
+        numbers = target.double()
+        assert torch.equal(by_blocks(prefix, numbers), target)
+        assert by_blocks.num_passes <= passes
+    assert state.shape == prefix.shape
+
+
+@torch.no_grad()
+def test_finished_rows_are_dropped(monkeypatch):
+    prefix, uniform = inputs()
+    by_blocks, seen = decoder(sampling="sample", block_size=8), []
+    forward = by_blocks._forward
+
+    def watched(ids, *rest, **options):
+        seen.append(len(ids))
+        return forward(ids, *rest, **options)
+
+    monkeypatch.setattr(by_blocks, "_forward", watched)
+    expected = decoder(sampling="sample").without_cache(prefix, uniform)
+    assert torch.equal(by_blocks(prefix, uniform), expected)
+    assert seen == sorted(seen, reverse=True)
+
+
+def test_samplings_have_the_distributions_they_name():
+    scores = torch.randn(6).log_softmax(-1)
+    uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    many = scores.expand(len(uniform), -1)
+
+    def frequencies(sampler):
+        return torch.bincount(sampler(many, uniform), minlength=6) / len(uniform)
+
+    identity = torch.nn.Identity()
+    torch.testing.assert_close(frequencies(Sampler(identity, "sample")), scores.exp(), rtol=0, atol=1e-4)
+    tempered = (scores / 0.5).softmax(-1)
+    torch.testing.assert_close(frequencies(Sampler(identity, "sample", temperature=0.5)), tempered, rtol=0, atol=1e-4)
+    best = scores.topk(2)
+    kept = torch.zeros(6).scatter_(-1, best.indices, best.values.softmax(-1))
+    torch.testing.assert_close(frequencies(Sampler(identity, "top_k", top_k=2)), kept, rtol=0, atol=1e-4)
+    top_p = frequencies(Sampler(identity, "top_p", top_p=float(best.values.exp().sum()) - 1e-4))
+    torch.testing.assert_close(top_p, kept, rtol=0, atol=1e-4)
+    assert frequencies(Sampler(identity, "greedy"))[scores.argmax()] == 1
+
+
+def test_neighbouring_levels_move_together():
+    """A small change of the distribution moves an inverse-distribution sample by little."""
+    levels = torch.arange(200.0)
+    scores = [-((levels - mean) ** 2) / 200 for mean in (80.0, 81.0)]
+    uniform = torch.rand(1000, dtype=torch.float64)
+    a, b = (inverse_distribution(each.expand(1000, -1), uniform) for each in scores)
+    assert ((b - a) >= 0).all()
+    assert (b - a).max() <= 2
+
+
+def test_an_id_without_probability_is_never_drawn():
+    scores = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
+    uniform = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert inverse_distribution(scores.expand(4, -1), uniform).tolist() == [1, 1, 3, 3]
+
+
+def test_the_digits_shortcuts_equal_the_full_distribution():
+    head = DigitHead(8, 45, base=7, rank=4).double()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    hidden, uniform = torch.randn(200, 8, dtype=torch.float64), torch.rand(200, dtype=torch.float64)
+    table = torch.nn.Module()
+    table.forward = head.forward
+    for sampling in ("expectation", "sample"):
+        fast, full = (Sampler(each, sampling)(hidden, uniform) for each in (head, table.forward))
+        assert torch.equal(fast, full)
+    assert torch.equal(expected_ids(head(hidden)), Sampler(head, "expectation")(hidden, None))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_broken_scores_are_said(sampling):
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+        with pytest.raises(ValueError, match="not finite"):
+            Decoder(model, Sampler(model.output_head(), sampling), LENGTH)(*inputs())
+
+
+@torch.no_grad()
+def test_bfloat16_decodes():
+    model = tiny().to(torch.bfloat16)
+    out = Decoder(model, Sampler(model.output_head(), "expectation"), LENGTH, block_size=4)(*inputs())
+    assert out.shape == (ROWS, LENGTH)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["separable", "digits"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@torch.no_grad()
+def test_cuda_graphs_equal_the_plain_loop(kind, sampling):
+    prefix, uniform = inputs()
+    model = tiny(**KINDS[kind]).cuda()
+    model.get_input_embeddings().bake()
+    on_gpu = Decoder(model, Sampler(model.output_head(), sampling, top_k=5, temperature=0.7), LENGTH)
+    assert torch.equal(
+        on_gpu.by_graphs(prefix.cuda(), uniform.cuda()), on_gpu.without_cache(prefix.cuda(), uniform.cuda())
+    )
