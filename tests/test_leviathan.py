@@ -257,6 +257,7 @@ def test_bfloat16_is_close(options):
 @kinds
 def test_compiled_equals_eager(options):
     model, ids = tiny(**options), tokens()
+    torch._dynamo.reset()  # its limit on compilations of one function is for one model, not for all of these
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     out = compiled(ids, prefix_length=PREFIX, use_cache=False).logits
     torch.testing.assert_close(out, model(ids, prefix_length=PREFIX).logits, rtol=1e-4, atol=1e-4)
@@ -318,7 +319,7 @@ def test_resize_token_embeddings(options, size, tmp_path):
     torch.testing.assert_close(after[..., :kept], before[..., :kept], rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(loaded(ids, prefix_length=PREFIX).logits[..., : after.shape[-1]], after)
+    torch.testing.assert_close(*(each(ids, prefix_length=PREFIX).logits for each in (loaded, model)))
 
 
 @kinds
