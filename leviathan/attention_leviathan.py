@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Prefix-LM attention: without a mask where all rows have one prefix, and what masks are made from elsewhere.
+"""Prefix-LM attention without a mask, where all rows have one prefix.
 
 Flash kernels cannot mask a prefix, and a dense mask of (tokens x tokens) is what makes long states slow. But the
 pattern of one prefix is made of blocks that flash kernels do know: the prefix attends to itself without a mask, the
@@ -177,53 +177,6 @@ def needs_no_mask(
     return bool((position_ids.diff() == 1).all())  # where they restart, documents are packed
 
 
-def prefix_token_types(
-    prefix_length: int | Tensor,
-    num_tokens: int,
-    batch_size: int,
-    attention_mask: Tensor | None,
-    device: torch.device,
-) -> Tensor:
-    """Marks the first ``prefix_length`` tokens of each row that are not padding: (batch, num_tokens) of 1 and 0.
-
-    Raises:
-        ValueError: If ``prefix_length`` is neither an integer nor of shape (batch,), negative, or more than a row has.
-    """
-    if isinstance(prefix_length, int):
-        if prefix_length < 0:
-            raise ValueError(f"prefix_length = {prefix_length}; expected 0 or more tokens.")
-    elif tuple(prefix_length.shape) != (batch_size,):
-        raise ValueError(
-            f"prefix_length has shape {tuple(prefix_length.shape)}; expected an integer or one for each of the "
-            f"{batch_size} rows."
-        )
-    else:
-        prefix_length = prefix_length.to(device).unsqueeze(-1)
-    mask = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)
-    if attention_mask is not None:
-        mask = attention_mask[:, :num_tokens].bool()
-    place = mask.cumsum(-1)  # padding on the left holds no place
-    if not torch.compiler.is_compiling() and (place[:, -1:] < prefix_length).any():
-        raise ValueError(
-            f"prefix_length exceeds the {int(place[:, -1].min())} tokens of a row; a prefix is part of what is "
-            "given, and read in one forward pass (no shorter prefill_chunk_size)."
-        )
-    return ((place <= prefix_length) & mask).long()
-
-
-def prefix_blocks(token_type_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """Numbers the runs of ``token_type_ids == 1`` in each row, and -1 elsewhere: (batch, tokens) -> (batch, tokens).
-
-    A run ends where ``position_ids`` restart as well, so that the prefixes of packed documents stay apart.
-    """
-    inside = token_type_ids == 1
-    starts = inside & ~F.pad(inside[:, :-1], (1, 0))
-    if position_ids is not None:
-        restarts = F.pad(position_ids[:, 1:] - position_ids[:, :-1] != 1, (1, 0), value=True)
-        starts = starts | (inside & restarts)
-    return torch.where(inside, starts.cumsum(-1) - 1, -1)
-
-
 AttentionInterface.register(PREFIX_SDPA, prefix_sdpa_attention_forward)
 AttentionMaskInterface.register(PREFIX_SDPA, sdpa_mask)
 
@@ -232,7 +185,5 @@ __all__ = [
     "needs_no_mask",
     "prefix_attention",
     "prefix_attention_reference",
-    "prefix_blocks",
     "prefix_sdpa_attention_forward",
-    "prefix_token_types",
 ]

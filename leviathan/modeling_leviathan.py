@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -46,9 +46,10 @@ from transformers.utils.output_capturing import capture_outputs
 from sna_core.digit_head import DigitHead
 from sna_core.embedding import LowRankEmbedding, SeparableEmbedding
 
-from .attention_leviathan import PREFIX_SDPA, needs_no_mask, prefix_blocks, prefix_token_types
+from .attention_leviathan import PREFIX_SDPA, needs_no_mask
 from .configuration_leviathan import LeviathanConfig
 from .loss_leviathan import TableHead, chunked_loss, cross_entropy_of, fused_cross_entropy
+from .masking_leviathan import create_prefix_mask, prefix_blocks, prefix_token_types
 
 
 def build_embedding(config: LeviathanConfig) -> nn.Module:
@@ -180,10 +181,10 @@ class LeviathanModel(LeviathanPreTrainedModel):
             position_ids = torch.arange(num_tokens, device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
-        blocks, causal_mask = None, None
         if prefix_length is not None or token_type_ids is not None:
             self._check_prefix(attention_mask, past_key_values)
         # CODEPATH: one prefix for all rows needs no mask (with the default attention); the rest is masked.
+        causal_mask = None
         if needs_no_mask(self, prefix_length, num_tokens, attention_mask, packing):
             kwargs["prefix_length"] = prefix_length
         else:
@@ -191,15 +192,8 @@ class LeviathanModel(LeviathanPreTrainedModel):
                 token_type_ids = prefix_token_types(
                     prefix_length, num_tokens, batch_size, attention_mask, inputs_embeds.device
                 )
-            if token_type_ids is not None:
-                blocks = prefix_blocks(token_type_ids, position_ids)
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=packing,
-                block_sequence_ids=blocks,
+            causal_mask = create_prefix_mask(
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, packing, token_type_ids
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)

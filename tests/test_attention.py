@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leviathan.attention_leviathan import PREFIX_SDPA, _two_calls, prefix_attention, prefix_attention_reference
+from leviathan.masking_leviathan import packed_block_mask, visible_intervals
 from tests.test_leviathan import PREFIX, TARGET, tiny, tokens
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative, in norm
@@ -129,6 +131,44 @@ def test_dropout_of_attention_is_not_forgotten():
     model, ids = tiny(attention_dropout=0.5).train(), tokens()
     a, b = (model(ids, prefix_length=PREFIX).logits for _ in range(2))
     assert not torch.allclose(a, b)
+
+
+@given(st.data())
+def test_the_intervals_and_blocks_of_packed_documents_are_those_of_the_dense_pattern(data):
+    lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=6))
+    block_size = data.draw(st.integers(1, 9))
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+    prefixes = [data.draw(st.integers(0, n)) for n in lengths]
+    types = torch.cat([torch.arange(n) < p for n, p in zip(lengths, prefixes, strict=True)]).long().unsqueeze(0)
+    row = torch.arange(types.shape[1])
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    both = document.unsqueeze(1) == document
+    dense = both & ((row.unsqueeze(1) >= row) | ((types.mT == 1) & (types == 1)))
+
+    start, stop = visible_intervals(types, positions)
+    assert torch.equal((row >= start.mT) & (row < stop.mT), dense)
+    mask = packed_block_mask(types, positions, block_size)
+    blocks, cells = -(-len(row) // block_size), dense.new_ones(dense.shape)
+    pad = (0, blocks * block_size - len(row)) * 2
+    seen, real = (
+        F.pad(each, pad).view(blocks, block_size, blocks, block_size).transpose(1, 2) for each in (dense, cells)
+    )
+    full = (seen | ~real).all(-1).all(-1)
+    for counts, indices, expected in (
+        (mask.full_kv_num_blocks, mask.full_kv_indices, full),
+        (mask.kv_num_blocks, mask.kv_indices, seen.any(-1).any(-1) & ~full),
+    ):
+        for i in range(blocks):
+            assert indices[0, 0, i, : counts[0, 0, i]].tolist() == expected[i].nonzero().flatten().tolist()
+
+
+def test_flex_attention_over_packed_documents_makes_no_mask_of_tokens_by_tokens():
+    types = (torch.arange(8192) % 2048 < 700).long().unsqueeze(0)
+    positions = (torch.arange(8192) % 2048).unsqueeze(0)
+    with Largest() as watch:
+        mask = packed_block_mask(types, positions)
+    assert watch.numel <= 8192
+    assert mask.sparsity() > 75
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 
 from leviathan import LeviathanConfig, LeviathanForCausalLM, LeviathanModel
-from leviathan.attention_leviathan import prefix_blocks
+from leviathan.masking_leviathan import prefix_blocks
 from sna_core import SeparableEmbedding
 
 VOCAB, PREFIX, TARGET = 48, 5, 4
