@@ -293,7 +293,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
     training = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     fields = FieldFile(args.data)
     tokenizer = AutoFeatureExtractor.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model).to(args.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device).eval()
     _check_data(args, fields, training)
     stride, size = training.get("stride", 1), tokenizer.patch_size
     available = (fields.num_snapshots - 1) // stride
@@ -359,7 +359,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         truth = np.stack([fields.vorticity(int(i), parts["snapshots"]) for i in parts["trajectories"]])
         strangers = np.resize(parts["strangers"], len(truth))  # repeated if there are too few
         climatology = np.stack([fields.vorticity(int(i), parts["snapshots"][1:]) for i in strangers])
-    options = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "batch_size")}
+    options = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "batch_size", "block_size")}
 
     def rollout(initial: np.ndarray, sampling: str, seed: int) -> torch.Tensor:
         return leviathan.rollout(
@@ -373,7 +373,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     components = figures.principal_components(model.get_input_embeddings().weight)
     results = {
         "config": options
-        | {key: getattr(args, key) for key in ("split", "num_steps", "samplings", "seeds", "device")}
+        | {key: getattr(args, key) for key in ("split", "num_steps", "samplings", "seeds", "device", "dtype")}
         | {"model": relative(args.model), "data": relative(args.data), "trajectories": parts["trajectories"].tolist()},
         "data": {
             "grid": list(fields.grid),
@@ -419,7 +419,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=float, default=0.9)
     add("--band", nargs=2, type=int, metavar=("LOW", "HIGH"), help="wavenumbers of the spectral slope")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights; default: as saved")
     add("--batch-size", type=int, default=256, help="patches in one forward pass")
+    add("--block-size", type=int, default=1, help="tokens decoded at one time; see leviathan.rollout")
     args = parser.parse_args(arguments)
     args.samplings = [name for group in args.samplings for name in group.split(",")]
     unknown = [name for name in args.samplings if name not in DETERMINISTIC + RANDOM]
