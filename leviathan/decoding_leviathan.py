@@ -174,7 +174,8 @@ class Decoder:
     def __post_init__(self):
         self.decoder = self.model.get_decoder()
         attention = self.model.config._attn_implementation
-        if self.block_size > 1 and not (attention == "eager" or attention.endswith("sdpa")):
+        self.takes_masks = attention == "eager" or attention.endswith("sdpa")
+        if self.block_size > 1 and not self.takes_masks:
             raise ValueError(
                 f"block_size = {self.block_size} needs attention with a dense mask, and attn_implementation = "
                 f"{attention!r} has none; load the model without attn_implementation."
@@ -184,7 +185,7 @@ class Decoder:
         """Targets (rows, num_tokens) int64 behind ``prefix`` (rows, tokens), of uniform numbers (rows, num_tokens)."""
         if self.block_size > 1:
             return self.by_blocks(prefix, uniform)
-        if prefix.device.type == "cuda":
+        if prefix.device.type == "cuda" and self.takes_masks:
             return self.by_graphs(prefix, uniform)
         return self.one_by_one(prefix, uniform)
 
