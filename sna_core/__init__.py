@@ -1,6 +1,6 @@
 """Separable networks: functions of many inputs built from small learnable functions of one input.
 
-Imports torch alone.
+Imports torch alone, and Triton for its kernels where there is one.
 """
 
 from sna_core.bspline import UniformBSpline

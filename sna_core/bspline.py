@@ -34,7 +34,7 @@ def _cell_polynomials(degree: int, derivative: int) -> list[list[float]]:
     ]
 
 
-_CELL_POLYNOMIALS = {(p, n): _cell_polynomials(p, n) for p in range(MAX_DEGREE + 1) for n in range(p + 1)}
+CELL_POLYNOMIALS = {(p, n): _cell_polynomials(p, n) for p in range(MAX_DEGREE + 1) for n in range(p + 1)}
 
 
 def local_bspline(
@@ -55,7 +55,7 @@ def local_bspline(
 
     if derivative > degree:
         return cell.long(), (0 * u).expand(*x.shape, degree + 1)
-    rows = torch.tensor(_CELL_POLYNOMIALS[degree, derivative], dtype=x.dtype, device=x.device)
+    rows = torch.tensor(CELL_POLYNOMIALS[degree, derivative], dtype=x.dtype, device=x.device)
     if derivative == degree:
         values = rows[0] + 0 * u  # the gradient in x is zero, not missing
     else:

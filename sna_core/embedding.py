@@ -211,7 +211,8 @@ class SeparableEmbedding(_GeneratedEmbedding):
         E = \sum_l W^{out}_l \Big[\prod_i \phi_{ir}\Big]_{r=1..R} .
 
     Parameters: k b s + h s^2 + 2 h s + h s K R + h R D. The product is taken in float32 (float64 for float64
-    parameters) whatever the parameters' dtype or autocast.
+    parameters) whatever the parameters' dtype or autocast; on a GPU its factors are matrix products in the splines'
+    dtype.
 
     Source: arXiv 2601.22040 v2 (``variant="lev"``) and v1 (``variant="v1"``: one biased seed map, rank-one components
     and a linear residual of the coordinates); used for fields in arXiv 2603.12244. The papers leave open whether the
@@ -348,7 +349,7 @@ class SeparableEmbedding(_GeneratedEmbedding):
     def _generate(self, ids: Tensor, product_of: Callable[..., Tensor]) -> Tensor:
         coordinates = self.coordinates(ids)
         scale = None if self.knot_scale is None else self.knot_scale.to(coordinates.dtype)
-        product = product_of(coordinates, self.splines.to(coordinates.dtype), scale, self.normalize_basis)
+        product = product_of(coordinates, self.splines, scale, self.normalize_basis)
         dtype = self.out_weight.dtype
         out = product.to(dtype).transpose(0, 1).flatten(1) @ self.out_weight.flatten(0, 1)
         if self.residual_weight is not None:

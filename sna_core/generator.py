@@ -9,10 +9,14 @@ num_knots, rank) it computes
 with the quadratic B-splines B on num_knots uniform knots (arXiv 2601.22040). Written out, :math:`\phi` takes seed_dim x
 rank numbers a token and head, and moving it through memory is what costs. :func:`separable_product` therefore works
 through blocks of tokens that stay in cache, keeps none of them, and computes them again in backward; the product is a
-tree of pairwise products, whose gradient is exact where factors are zero.
+tree of pairwise products, whose gradient is exact where factors are zero. On a GPU the kernels of
+:mod:`sna_core.generator_triton` do the same in registers.
 """
 
 from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -48,6 +52,7 @@ def separable_product_reference(
     Shapes: coordinates (heads, tokens, seed), splines (heads, seed, knots, rank), scale (heads, seed) -> (heads,
     tokens, rank).
     """
+    splines = splines.to(coordinates.dtype)
     products = []
     for head in range(coordinates.shape[0]):
         basis = uniform_spline_basis(
@@ -64,15 +69,33 @@ def separable_product(
     """The product by blocks: one batched matrix product over the seed dimensions, then a tree of pairwise products.
 
     Shapes: coordinates (heads, tokens, seed), splines (heads, seed, knots, rank), scale (heads, seed) -> (heads,
-    tokens, rank). Differentiable once; under ``torch.compile`` it is one block for the compiler to fuse.
+    tokens, rank), in the coordinates' dtype. Differentiable once; under ``torch.compile`` it is one block for the
+    compiler to fuse. On a GPU with Triton it is fused kernels, which multiply in the splines' dtype where that is lower
+    than the coordinates'; elsewhere such splines are converted.
     """
-    if torch.compiler.is_compiling() or coordinates.is_meta:
+    is_traced = torch.compiler.is_compiling() or coordinates.is_meta
+    if not is_traced and coordinates.is_cuda and coordinates.dtype == torch.float32 and splines.dtype != torch.float64:
+        kernels = _kernels()
+        if kernels is not None and splines.shape[2] <= kernels.MOST_KNOTS and kernels.is_available(coordinates):
+            return kernels.separable_product_triton(coordinates, splines, scale, normalize)
+    splines = splines.to(coordinates.dtype)
+    if is_traced:
         x = coordinates.transpose(1, 2)  # (heads, seed, tokens)
         basis = uniform_spline_basis(
             x, splines.shape[2], None if scale is None else scale.unsqueeze(-1), normalize
         )  # (heads, seed, tokens, knots)
         return pairwise_product((basis @ splines).movedim(1, 0))
     return _SeparableProduct.apply(coordinates, splines, scale, normalize)
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """The kernels, imported once they are needed; None where there is no Triton."""
+    try:
+        from sna_core import generator_triton
+    except ImportError:
+        return None
+    return generator_triton
 
 
 def _product_levels(factors: Tensor) -> list[Tensor]:

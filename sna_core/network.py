@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sna_core.bspline import UniformBSpline, check_inside, local_bspline
+from sna_core.bspline import UniformBSpline
+from sna_core.local_sum import local_sum
 
 ACTIVATIONS = {
     "exp": torch.exp,
@@ -131,25 +132,7 @@ class CPNetwork(nn.Module):
         (..., num_inputs) -> (num_inputs, ..., num_outputs, rank); the third from last is 1 for shared components. With
         :math:`\psi` and :math:`\psi'`, the gradient of f needs no autograd. Raises as :meth:`forward`.
         """
-        factors = self.factors
-        if x.shape[-1:] != (self.num_inputs,):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; expected (..., {self.num_inputs}), a column for each input."
-            )
-        if x.dtype != factors.dtype:
-            raise ValueError(f"x is {x.dtype} and the factors are {factors.dtype}; convert with x.to({factors.dtype}).")
-        if not isinstance(derivative, int) or derivative < 0:
-            raise ValueError(f"derivative = {derivative!r}; expected an integer of at least 0.")
-        if check:
-            check_inside(x, x.new_tensor(self.low), x.new_tensor(self.high), self.num_inputs)
-        spline = self.splines[0]
-        low = x.new_tensor(self.low).unsqueeze(-1)
-        width = x.new_tensor([s.high - s.low for s in self.splines]).unsqueeze(-1)
-        columns = x.reshape(-1, self.num_inputs).mT.contiguous()  # (num_inputs, points)
-        cell, values = local_bspline(columns, low, width, spline.num_cells, spline.degree, derivative)
-        index = cell.unsqueeze(-1) + torch.arange(spline.degree + 1, device=x.device)
-        psi = _WeightedRows.apply(factors.flatten(2), index, values)  # (num_inputs, points, functions * rank)
-        return psi.view(self.num_inputs, *x.shape[:-1], *factors.shape[2:])
+        return local_sum(x, self.factors, self.splines, derivative, check=check)
 
     def reference_forward(self, x: Tensor) -> Tensor:
         """The formula as written, with the whole basis of each input: the oracle of :meth:`forward`."""
@@ -182,42 +165,6 @@ def pairwise_product(factors: Tensor) -> Tensor:
         left_over += odd.unbind()
         factors = left * right
     return reduce(torch.mul, left_over, factors.squeeze(0))
-
-
-class _WeightedRows(torch.autograd.Function):
-    """Sums ``table[i, index[i, n, m]] * values[i, n, m]`` over m.
-
-    Shapes: table (inputs, rows, width), index and values (inputs, points, k) -> (inputs, points, width).
-
-    Forward is one kernel that reads k rows a point and stores none. Backward is two matrix products, since adding to
-    single rows is slower for up to a hundred rows or so. PyTorch can differentiate them again; its kernel it cannot.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(table: Tensor, index: Tensor, values: Tensor) -> Tensor:
-        num_inputs, num_rows, _ = table.shape
-        rows = index + num_rows * torch.arange(num_inputs, device=index.device).view(-1, 1, 1)
-        sums = F.embedding_bag(
-            rows.flatten(0, 1), table.flatten(0, 1), per_sample_weights=values.flatten(0, 1), mode="sum"
-        )
-        return sums.view(*index.shape[:2], table.shape[2])
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN001
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # noqa: ANN001
-        table, index, values = ctx.saved_tensors
-        to_table = to_values = None
-        if ctx.needs_input_grad[0]:
-            dense = values.new_zeros(*index.shape[:2], table.shape[1]).scatter_(-1, index, values)
-            to_table = dense.mT @ gradient
-        if ctx.needs_input_grad[2]:
-            to_values = (gradient @ table.mT).gather(-1, index)
-        return to_table, None, to_values
 
 
 def _one_each(name: str, value: float | Sequence[float], num_inputs: int) -> tuple[float, ...]:

@@ -61,7 +61,7 @@ def import_problems(parts, name):
             others = models_in(name.partition(".")[2].partition(".")[0]) - models_in(parts[1])
             if models_in(parts[1]) and others:
                 yield f"imports {name}: models do not import one another"
-    elif package in LIBRARIES and top not in sys.stdlib_module_names | LIBRARIES[package] | integrated(parts):
+    elif package in LIBRARIES and top not in sys.stdlib_module_names | LIBRARIES[package] | own_libraries(parts):
         yield f"imports {top}"
 
 
@@ -70,10 +70,11 @@ def models_in(name):
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+", name)} & MODELS
 
 
-def integrated(parts):
-    """Libraries that only this file of ``leviathan/integrations`` may import."""
-    is_integration = parts[:2] == ("leviathan", "integrations") and len(parts) > 2
-    return INTEGRATIONS.get(parts[2], {parts[2]}) if is_integration else set()
+def own_libraries(parts):
+    """Libraries that only this file may import: those of an integration, and Triton for kernels."""
+    if parts[:2] == ("leviathan", "integrations") and len(parts) > 2:
+        return INTEGRATIONS.get(parts[2], {parts[2]})
+    return {"triton"} if parts[0] == "sna_core" and parts[-1].endswith("_triton") else set()
 
 
 def unsafe_calls(tree, imports):
@@ -114,6 +115,7 @@ def test_the_packages_keep_the_rules():
     ("path", "source", "problem"),
     [
         ("sna_core/a.py", "import numpy", "imports numpy"),
+        ("sna_core/a.py", "def f():\n    import triton.language", "imports triton"),
         ("sna_core/a.py", "def f():\n    from leviathan import khronos", "sna_core comes before leviathan"),
         ("leviathan/a.py", "from training.fields import read", "leviathan comes before training"),
         ("leviathan/a.py", "import h5py", "imports h5py"),
@@ -156,6 +158,7 @@ def test_a_broken_rule_is_found(tmp_path, path, source, problem):
     ("path", "source"),
     [
         ("sna_core/a.py", "import math\nimport torch.nn.functional as F\nfrom .bspline import UniformBSpline"),
+        ("sna_core/a_triton.py", "import torch\nimport triton.language as tl"),
         (
             "leviathan/modeling_leviathan.py",
             "from .configuration_leviathan import LeviathanConfig\nfrom sna_core import x",
