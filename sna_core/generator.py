@@ -29,6 +29,7 @@ BLOCK_NUMEL = {"cpu": 2**20}
 LARGE_BLOCK_NUMEL = 2**26
 # A learned scale of 3 and more leaves points midway between knots that no basis function reaches.
 LEAST_TOTAL = 1e-6
+SAFE_PRODUCT = 2.0**100  # between this and its inverse float32 rounds a product of any number of factors well
 
 
 def uniform_spline_basis(x: Tensor, num_knots: int, scale: Tensor | None = None, normalize: bool = True) -> Tensor:
@@ -120,6 +121,17 @@ def _product_gradient(levels: list[Tensor], gradient: Tensor) -> Tensor:
     return gradient
 
 
+def _factor_gradient(factors: Tensor, product: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient in the factors (seed, tokens, rank) from the one in their product (tokens, rank), in place of them.
+
+    Where the product is a normal number no factor is zero, and dividing gives the product of all others in one pass.
+    """
+    magnitude = product.abs()
+    if ((magnitude > 1 / SAFE_PRODUCT) & (magnitude < SAFE_PRODUCT)).all():
+        return torch.div((gradient * product).unsqueeze(0), factors, out=factors)
+    return _product_gradient(_product_levels(factors), gradient.unsqueeze(0))
+
+
 def _blocks(coordinates: Tensor, rank: int) -> list[tuple[int, slice]]:
     heads, tokens, seed = coordinates.shape
     size = max(1, BLOCK_NUMEL.get(coordinates.device.type, LARGE_BLOCK_NUMEL) // (seed * rank))
@@ -157,14 +169,14 @@ class _SeparableProduct(torch.autograd.Function):
                 pairs = factors[:half].mul_(factors[half : 2 * half])
                 factors = torch.cat([pairs, factors[2 * half :]]) if count % 2 else pairs
             product[head, rows] = factors[0]
-        ctx.save_for_backward(coordinates, splines, scale)
+        ctx.save_for_backward(coordinates, splines, scale, product)
         ctx.normalize = normalize
         return product
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):  # noqa: ANN001, ANN205
-        coordinates, splines, scale = ctx.saved_tensors
+        coordinates, splines, scale, product = ctx.saved_tensors
         num_knots, rank = splines.shape[2:]
         to_coordinates = torch.empty_like(coordinates)
         to_splines = torch.zeros_like(splines)
@@ -172,8 +184,8 @@ class _SeparableProduct(torch.autograd.Function):
         for head, rows in _blocks(coordinates, rank):
             head_scale = None if scale is None else scale[head]
             basis, distance, total = _block_basis(coordinates[head, rows].t(), num_knots, head_scale, ctx.normalize)
-            levels = _product_levels(torch.bmm(basis, splines[head]))
-            to_factors = _product_gradient(levels, gradient[head, rows].unsqueeze(0))  # (seed, tokens, rank)
+            factors = torch.bmm(basis, splines[head])
+            to_factors = _factor_gradient(factors, product[head, rows], gradient[head, rows])  # (seed, tokens, rank)
             to_splines[head].baddbmm_(basis.transpose(1, 2), to_factors)
             to_basis = torch.bmm(to_factors, splines[head].transpose(1, 2))  # (seed, tokens, knots)
             if ctx.normalize:  # through the division by the sum

@@ -106,6 +106,18 @@ def test_product_gradient_is_exact_where_factors_are_zero():
     assert (gradient[0, [0, 1, 3, 4]] == 0).all()
 
 
+@pytest.mark.parametrize("sizes", [(1e-25, 1e-20), (1e25, 1e20)], ids=["too small", "too large"])
+def test_product_gradient_is_exact_where_the_product_leaves_float32(sizes):
+    """There dividing the product by a factor gives nothing; the products of the others are numbers all the same."""
+    coordinates, splines = torch.rand(1, 4, 5), 0.5 + torch.rand(1, 5, 6, 3)
+    for i, size in enumerate(sizes):
+        splines[0, i] *= size
+    exact, single = splines.double().requires_grad_(), splines.clone().requires_grad_()
+    (found,) = torch.autograd.grad(separable_product(coordinates, single).sum(), single)
+    (expected,) = torch.autograd.grad(separable_product(coordinates.double(), exact).sum(), exact)
+    torch.testing.assert_close(found[0, :2].double(), expected[0, :2], rtol=1e-5, atol=0)
+
+
 def test_a_point_that_no_basis_function_reaches_is_no_nan():
     coordinates = torch.full((1, 2, 3), 1.5 / 5, dtype=torch.float64, requires_grad=True)  # midway between knots
     splines = torch.randn(1, 3, 6, 2, dtype=torch.float64, requires_grad=True)
