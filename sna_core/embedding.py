@@ -108,16 +108,16 @@ class _GeneratedEmbedding(nn.Module):
         if self._is_baked():
             return F.embedding(ids, self._table)
         flat = ids.reshape(-1)
-        if flat.numel() >= self.num_embeddings:
-            return F.embedding(ids, self.table())
-        if torch.compiler.is_compiling() or flat.is_meta:  # static shapes: every token on its own
+        if torch.compiler.is_compiling() or flat.is_meta:  # static shapes: the table, or every token on its own
+            if flat.numel() >= self.num_embeddings:
+                return F.embedding(ids, self.table())
             return self.generate(flat).view(*ids.shape, self.embedding_dim)
         distinct, inverse = flat.unique(return_inverse=True)  # sorted; an embedding depends on its id alone
         if flat.numel() and not (distinct[0] >= 0 and distinct[-1] < self.num_embeddings):
             wrong = int(distinct[0] if distinct[0] < 0 else distinct[-1])
             raise IndexError(f"id {wrong} lies outside [0, num_embeddings = {self.num_embeddings}).")
-        if self._is_constant():
-            self._count(distinct.numel())
+        if self._is_constant() and self._bakes_for(distinct.numel()):
+            return F.embedding(ids, self._table)
         return F.embedding(inverse.view(ids.shape), self.generate(distinct))
 
     def table(self) -> Tensor:
@@ -188,12 +188,14 @@ class _GeneratedEmbedding(nn.Module):
             p is q and version == before for (p, version), (q, before) in zip(now, self._table_of, strict=True)
         )
 
-    def _count(self, num_rows: int) -> None:
+    def _bakes_for(self, num_rows: int) -> bool:
+        """Counts rows about to be generated; bakes the table instead if with them there would be as many as it has."""
         if not self._is_unchanged():
             self.unbake()._table_of = self._versions()
         self._num_generated += num_rows
         if self._num_generated >= self.num_embeddings:
             self.bake()
+        return self._table is not None
 
     def _all_ids(self) -> Tensor:
         return torch.arange(self.num_embeddings, device=next(self.parameters()).device)

@@ -60,7 +60,7 @@ def provenance(seed: int | list[int] | None = None) -> dict[str, Any]:
 def command() -> str:
     """The command of this process as it can be typed again in the same working directory."""
     spec = sys.modules["__main__"].__spec__  # set for `python -m package.module`
-    program = ["-m", spec.name] if spec is not None else [relative(sys.argv[0])]
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec is not None else [relative(sys.argv[0])]
     return shlex.join(["python", *program, *map(relative, sys.argv[1:])])
 
 
