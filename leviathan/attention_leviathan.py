@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
 PREFIX_SDPA = "prefix_sdpa"
+CAUSAL_FROM_BOTTOM_RIGHT = 2  # of PyTorch's memory-efficient kernel
 
 
 def prefix_attention(
@@ -47,24 +47,54 @@ def prefix_attention(
     ``scale`` None is :math:`1 / \sqrt{head\_dim}`.
     """
     num_tokens, kind = query.shape[2], query.device.type
-    if torch.is_autocast_enabled(kind):  # which does not know of the kernels below
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # which does not know of the kernels below
         query, key, value = (each.to(torch.get_autocast_dtype(kind)) for each in (query, key, value))
+    # The kernels walk along heads; what is not contiguous there they misread.
+    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     if prefix_length <= 1:  # a prefix of one token is causal already
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     if prefix_length >= num_tokens:
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
-    blocks_of = _CpuPrefixAttention.apply if kind == "cpu" else _two_calls
-    return blocks_of(query, key, value, prefix_length, scale)
-
-
-def _two_calls(query: Tensor, key: Tensor, value: Tensor, prefix_length: int, scale: float | None) -> Tensor:
-    inside, behind = query.split([prefix_length, query.shape[2] - prefix_length], dim=2)
-    bias = causal_lower_right(behind.shape[2], query.shape[2])
+    if kind == "cpu":
+        return _CpuPrefixAttention.apply(query, key, value, prefix_length, scale)[0]
+    inside, behind = query.split([prefix_length, num_tokens - prefix_length], dim=2)
     blocks = (
         F.scaled_dot_product_attention(inside, key[:, :, :prefix_length], value[:, :, :prefix_length], scale=scale),
-        F.scaled_dot_product_attention(behind, key, value, attn_mask=bias, scale=scale),
+        _lower_right_attention(behind, key, value, scale),
     )
     return torch.cat(blocks, dim=2)
+
+
+def _lower_right_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Causal attention of fewer rows than columns, the last of which are aligned.
+
+    As `torch.nn.attention.bias.causal_lower_right`, whose operations these are: it cannot be compiled.
+    """
+    head_dim = query.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
+    if query.dtype in (torch.float16, torch.bfloat16) and head_dim <= 256:
+        padded = (F.pad(each, (0, -head_dim % 8)) for each in (query, key, value))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(*padded, 0.0, True, return_debug_mask=False, scale=scale)[0][..., :head_dim]
+    if torch.compiler.is_compiling():  # the backward of the kernel below cannot be traced
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask = mask.tril(key.shape[2] - query.shape[2])
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    learns = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
+    output = torch.ops.aten._efficient_attention_forward(
+        *(each.transpose(1, 2) for each in (query, key, value)),
+        bias=None,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+        dropout_p=0.0,
+        custom_mask_type=CAUSAL_FROM_BOTTOM_RIGHT,
+        compute_log_sumexp=learns,
+        scale=scale,
+        seqlen_k=None,
+    )[0]
+    return output.transpose(1, 2)
 
 
 def prefix_attention_reference(
@@ -85,7 +115,9 @@ class _CpuPrefixAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, prefix_length, scale):  # noqa: ANN001, ANN205
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, prefix_length: int, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         outputs, sums = [], []
         for rows, columns, causal in _blocks(prefix_length):
@@ -97,15 +129,17 @@ class _CpuPrefixAttention(torch.autograd.Function):
         log_sum = torch.logaddexp(sums[1], sums[2])
         shares = [(each - log_sum).exp().unsqueeze(-1) for each in sums[1:]]
         behind = outputs[1] * shares[0] + outputs[2] * shares[1]
-        output = torch.cat([outputs[0], behind.to(query.dtype)], dim=2)
-        log_sum = torch.cat([sums[0], log_sum], dim=2)
-        ctx.save_for_backward(query, key, value, output, log_sum)
-        ctx.prefix_length, ctx.scale = prefix_length, scale
-        return output
+        return torch.cat([outputs[0], behind.to(query.dtype)], dim=2), torch.cat([sums[0], log_sum], dim=2)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:  # noqa: ANN001
+        *tensors, ctx.prefix_length, ctx.scale = inputs
+        ctx.mark_non_differentiable(outputs[1])
+        ctx.save_for_backward(*tensors, *outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):  # noqa: ANN001, ANN205
+    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
         query, key, value, output, log_sum = ctx.saved_tensors
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         to_query, to_key, to_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)

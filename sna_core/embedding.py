@@ -19,6 +19,7 @@ VARIANTS = {
     "v1": {"num_heads": 1, "num_knots": 32, "rank": 8, "seed_bias": True, "residual": True},
 }
 LARGEST_DEFAULT_BASE = 256
+_Versions = tuple[tuple[Tensor, Any, int], ...]
 MATERIALIZED_AT_ONCE = 8192  # rows, whose intermediate numbers are far more than the rows themselves
 
 
@@ -78,17 +79,19 @@ class _GeneratedEmbedding(nn.Module):
     """What the embeddings without a stored table share: a lookup by generation, and a baked table for inference.
 
     In ``eval()`` and without gradients an embedding is a constant of its id. A module there counts the rows that it
-    generates, and when they are as many as the table has it bakes the table and becomes a plain lookup: at worst twice
-    the work of whoever knew beforehand which of the two is cheaper. :meth:`bake` does it at once. A baked table is left
-    behind when a parameter changes (by its version counter; writing through ``parameter.data`` goes past that), and
-    dropped by ``train()`` and by moves to another device or dtype. It is no part of the state dict.
+    generates, and before they would be more than the table has it bakes the table and becomes a plain lookup: at worst
+    twice the work of whoever knew beforehand which of the two is cheaper. :meth:`bake` does it at once. In a group of
+    several processes, where weights may be sharded, and in a compiled graph it does not bake by itself.
+
+    A baked table is left behind when a parameter changes, and dropped by ``train()``, by a forward pass that learns,
+    and by moves to another device or dtype; it is no part of the state dict or of copies. Writing into
+    ``parameter.data`` in place (an average of weights swapped in, say) goes unseen: call :meth:`unbake` after it.
     """
 
     num_embeddings: int
     embedding_dim: int
-    _table: Tensor | None = None
-    _table_of: tuple[tuple[nn.Parameter, int], ...] = ()  # parameters and their versions when it was made or counted
-    _num_generated = 0
+    _baked: tuple[_Versions, Tensor] | None = None
+    _counted: tuple[_Versions, int] = ((), 0)
 
     def generate(self, ids: Tensor) -> Tensor:
         """Embeddings of a flat tensor of ids: (tokens,) -> (tokens, embedding_dim)."""
@@ -105,38 +108,42 @@ class _GeneratedEmbedding(nn.Module):
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"ids have dtype {ids.dtype}; expected integers.")
         ids = ids.long()
-        if self._is_baked():
-            return F.embedding(ids, self._table)
+        if (table := self._baked_table()) is not None:
+            return F.embedding(ids, table)
         flat = ids.reshape(-1)
-        if torch.compiler.is_compiling() or flat.is_meta:  # static shapes: the table, or every token on its own
+        if _is_static(flat):  # the table, or every token on its own
             if flat.numel() >= self.num_embeddings:
-                return F.embedding(ids, self.table())
+                return F.embedding(ids, self.generate(self._all_ids()))
             return self.generate(flat).view(*ids.shape, self.embedding_dim)
         distinct, inverse = flat.unique(return_inverse=True)  # sorted; an embedding depends on its id alone
         if flat.numel() and not (distinct[0] >= 0 and distinct[-1] < self.num_embeddings):
             wrong = int(distinct[0] if distinct[0] < 0 else distinct[-1])
             raise IndexError(f"id {wrong} lies outside [0, num_embeddings = {self.num_embeddings}).")
-        if self._is_constant() and self._bakes_for(distinct.numel()):
-            return F.embedding(ids, self._table)
+        if self._is_constant() and self._is_worth_baking(distinct.numel()):
+            return F.embedding(ids, self._bake())
         return F.embedding(inverse.view(ids.shape), self.generate(distinct))
 
     def table(self) -> Tensor:
         """The whole table (num_embeddings, embedding_dim), differentiable; the baked one where nothing is learned."""
-        if self._is_constant():
-            return self.bake()._table
+        if self._is_constant() and not _is_grouped():
+            return self._bake()
         return self.generate(self._all_ids())
 
     @torch.no_grad()
     def materialize(self) -> Tensor:
         """A new table without gradient, for inference as a plain lookup: (num_embeddings, embedding_dim)."""
-        if self._is_baked():
-            return self._table.clone()
-        return torch.cat([self.generate(ids) for ids in self._all_ids().split(MATERIALIZED_AT_ONCE)])
+        if (table := self._baked_table()) is not None:
+            return table.clone()
+        ids = self._all_ids()
+        with without_autocast(ids.device):  # a table outlives it
+            return torch.cat([self.generate(each) for each in ids.split(MATERIALIZED_AT_ONCE)])
 
     @property
+    @torch.no_grad()
     def weight(self) -> Tensor:
         """The generated table, read-only: what ``torch.nn.Embedding.weight`` is to tools that only read it."""
-        return self._table if self._is_baked() else self.materialize()
+        table = self._baked_table()
+        return self.materialize() if table is None else table
 
     def bake(self) -> Self:
         """Generates the table now, for all lookups in ``eval()`` without gradients until a parameter changes.
@@ -146,14 +153,12 @@ class _GeneratedEmbedding(nn.Module):
         """
         if self.training:
             raise RuntimeError("a table baked in training is out of date at the next step; call eval() first.")
-        if self._table is None or not self._is_unchanged():
-            with torch.inference_mode(False):
-                self._table, self._table_of = self.materialize(), self._versions()
+        self._bake()
         return self
 
     def unbake(self) -> Self:
         """Frees the baked table."""
-        self._table, self._table_of, self._num_generated = None, (), 0
+        self._baked, self._counted = None, ((), 0)
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -162,43 +167,78 @@ class _GeneratedEmbedding(nn.Module):
             self.unbake()
         return super().train(mode)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_baked", "_counted")}
+
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self.unbake()
         return super()._apply(*args, **kwargs)
+
+    def _weights(self) -> list[Tensor]:
+        """What embeddings are made of; parametrizations and adapters put theirs into modules below."""
+        if not self._modules:
+            return [p for p in self._parameters.values() if p is not None]
+        return [*self.parameters(), *self.buffers()]
 
     def _is_constant(self) -> bool:
         """Whether nothing is learned here, nor traced by a compiler, which would keep a table for ever."""
         if self.training or torch.compiler.is_compiling():
             return False
-        parameters = [p for p in self._parameters.values() if p is not None]
-        learned = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        return bool(parameters) and not learned and not parameters[0].is_meta  # a DataParallel replica has none
+        weights = self._weights()
+        if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+            self.unbake()  # an optimizer may follow whose kernels change weights unseen, as fused ones do
+            return False
+        return bool(weights) and not weights[0].is_meta  # a replica of DataParallel has none
 
-    def _is_baked(self) -> bool:
-        return self._table is not None and self._is_constant() and self._is_unchanged()
+    def _baked_table(self) -> Tensor | None:
+        """The table, if there is one that holds."""
+        baked = self._baked  # one read, since other threads may drop it
+        if baked is None or not self._is_constant() or not _are_same(baked[0], _versions(self._weights())):
+            return None
+        return baked[1]
 
-    def _versions(self) -> tuple[tuple[nn.Parameter, Any], ...]:
-        # Inference tensors have no version counter: nothing equals what is said of them.
-        parameters = (p for p in self._parameters.values() if p is not None)
-        return tuple((p, object() if p.is_inference() else p._version) for p in parameters)
+    def _bake(self) -> Tensor:
+        table = self._baked_table()
+        if table is None:
+            with torch.inference_mode(False):
+                table = self.materialize()
+            self._baked = _versions(self._weights()), table
+        return table
 
-    def _is_unchanged(self) -> bool:
-        now = self._versions()
-        return len(now) == len(self._table_of) and all(
-            p is q and version == before for (p, version), (q, before) in zip(now, self._table_of, strict=True)
-        )
-
-    def _bakes_for(self, num_rows: int) -> bool:
-        """Counts rows about to be generated; bakes the table instead if with them there would be as many as it has."""
-        if not self._is_unchanged():
-            self.unbake()._table_of = self._versions()
-        self._num_generated += num_rows
-        if self._num_generated >= self.num_embeddings:
-            self.bake()
-        return self._table is not None
+    def _is_worth_baking(self, num_rows: int) -> bool:
+        """Counts rows that are to be generated: whether with them there would be as many as the table has."""
+        versions, (before, counted) = _versions(self._weights()), self._counted
+        num_rows += counted if _are_same(before, versions) else 0
+        self._counted = versions, num_rows
+        return num_rows >= self.num_embeddings and not _is_grouped()
 
     def _all_ids(self) -> Tensor:
         return torch.arange(self.num_embeddings, device=next(self.parameters()).device)
+
+
+def _versions(weights: list[Tensor]) -> _Versions:
+    """What tells whether weights changed: in place by their version, as others by themselves or their memory."""
+    # Inference tensors have no version: nothing equals what is said of them. Sharded ones have no memory of their own.
+    return tuple(
+        (w, object() if w.is_inference() else w._version, w.data_ptr() if type(w) in (nn.Parameter, Tensor) else 0)
+        for w in weights
+    )
+
+
+def _are_same(before: _Versions, now: _Versions) -> bool:
+    return len(before) == len(now) and all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(before, now, strict=True))
+
+
+def _is_static(ids: Tensor) -> bool:
+    """Whether shapes must not depend on the ids: in a compiled graph, a CUDA graph and without data."""
+    capturing = ids.is_cuda and torch.cuda.is_current_stream_capturing()
+    return capturing or ids.is_meta or torch.compiler.is_compiling()
+
+
+def _is_grouped() -> bool:
+    """Whether several processes work together, and weights may be sharded behind a module's back."""
+    group = torch.distributed
+    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
 
 
 class SeparableEmbedding(_GeneratedEmbedding):

@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from leviathan.attention_leviathan import PREFIX_SDPA, _two_calls, prefix_attention, prefix_attention_reference
+from leviathan.attention_leviathan import (
+    PREFIX_SDPA,
+    _lower_right_attention,
+    prefix_attention,
+    prefix_attention_reference,
+)
 from leviathan.masking_leviathan import packed_block_mask, visible_intervals
 from tests.test_leviathan import PREFIX, TARGET, tiny, tokens
 
@@ -25,6 +30,18 @@ class Largest(TorchDispatchMode):
             if isinstance(each, torch.Tensor):
                 self.numel = max(self.numel, each.numel())
         return out
+
+
+class Called(TorchDispatchMode):
+    """The names of the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 def inputs(num_tokens, dtype, heads=3, head_dim=8):
@@ -56,10 +73,46 @@ def test_equals_the_dense_formula(dtype, num_tokens, share):
     same_values_and_gradients(prefix_attention, num_tokens, round(share * num_tokens), dtype)
 
 
-@given(num_tokens=st.integers(3, 40), share=st.floats(0, 1))
-def test_the_two_calls_of_other_devices_equal_it_too(num_tokens, share):
-    prefix = min(max(2, round(share * num_tokens)), num_tokens - 1)
-    same_values_and_gradients(_two_calls, num_tokens, prefix, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [8, 20])
+def test_the_calls_of_a_gpu_fit_its_kernels(dtype, head_dim):
+    """By what PyTorch knows of them without a device: arguments and shapes, one graph when compiled."""
+    given_ones = [torch.empty(2, 3, 9, head_dim, dtype=dtype, device="meta", requires_grad=True) for _ in range(3)]
+    with Called() as called:
+        out = prefix_attention(*given_ones, 5)
+    assert (out.shape, out.dtype) == ((2, 3, 9, head_dim), dtype)
+    kernel = "_scaled_dot_product_flash_attention" if dtype == torch.bfloat16 else "_efficient_attention_forward"
+    assert f"aten.{kernel}.default" in called.names
+    assert torch._dynamo.explain(prefix_attention)(*given_ones, 5).graph_break_count == 0
+    if dtype == torch.bfloat16:
+        out.float().sum().backward()
+        assert all(each.grad.shape == each.shape for each in given_ones)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_the_bias_of_compiled_float32_is_that_of_the_formula(rows, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    query, key, value = inputs(9, torch.float32)
+    found = _lower_right_attention(query[:, :, -rows:], key, value, None)
+    torch.testing.assert_close(found, prefix_attention_reference(query, key, value, 9 - rows)[:, :, -rows:])
+
+
+def test_inputs_of_any_layout():
+    query, key, value = (torch.randn(2, 3, 8, 20).mT for _ in range(3))  # the last dimension is not contiguous
+    expected = prefix_attention_reference(query, key, value, 7)
+    torch.testing.assert_close(prefix_attention(query, key, value, 7), expected)
+
+
+def test_functional_gradients():
+    given_ones = [each.detach() for each in inputs(12, torch.float64)]
+    gradients = [
+        torch.func.grad(lambda q, k, v, attention=attention: attention(q, k, v, 5).square().sum(), argnums=(0, 1, 2))(
+            *given_ones
+        )
+        for attention in (prefix_attention, prefix_attention_reference)
+    ]
+    for found, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, exact)
 
 
 def test_autocast_takes_its_dtype():

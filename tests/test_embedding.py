@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -230,7 +231,7 @@ def test_a_baked_table_is_a_lookup(make, monkeypatch):
         assert torch.equal(embedding.materialize(), embedding.weight)
         assert embedding.materialize() is not embedding.weight
     assert rows == []
-    assert "_table" not in "".join(embedding.state_dict())
+    assert not any(value.shape == (300, 10) for value in embedding.state_dict().values())
     with torch.no_grad(), pytest.raises(IndexError):
         embedding(torch.tensor([300]))
     with torch.no_grad(), pytest.raises(ValueError, match="expected integers"):
@@ -259,8 +260,9 @@ def test_it_bakes_when_as_many_rows_were_generated_as_the_table_has(make, monkey
         lambda e: e.resize(350),
         lambda e: e.to(torch.bfloat16),
         lambda e: [next(e.train().parameters()).data.mul_(1.1), e.eval()],  # unseen by version counters
+        lambda e: setattr(next(e.parameters()), "data", next(e.parameters()).data * 1.1),
     ],
-    ids=["in place", "state dict", "replaced", "resized", "dtype", "through data, in training"],
+    ids=["in place", "state dict", "replaced", "resized", "dtype", "through data, in training", "data swapped"],
 )
 def test_a_changed_weight_leaves_the_baked_table_behind(make, change):
     embedding, ids = make().eval(), torch.arange(0, 300, 7)
@@ -275,14 +277,68 @@ def test_a_changed_weight_leaves_the_baked_table_behind(make, change):
 
 
 @embeddings
-def test_an_optimizer_step_leaves_the_baked_table_behind(make):
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_an_optimizer_step_leaves_the_baked_table_behind(make, options):
+    embedding, ids = make().eval(), torch.arange(20)
+    with torch.no_grad():
+        before = embedding.bake()(ids)
+    embedding(ids).sum().backward()
+    torch.optim.AdamW(embedding.parameters(), lr=0.1, **options).step()  # a fused one changes no version
+    with torch.no_grad():
+        torch.testing.assert_close(embedding(ids), embedding.generate(ids))
+        assert not torch.allclose(embedding(ids), before)
+
+
+@embeddings
+def test_weights_put_below_by_a_parametrization_are_watched_too(make):
+    embedding, ids = make().eval(), torch.arange(20)
+    name = next(iter(embedding._parameters))
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones((), dtype=embedding.weight.dtype))
+
+        def forward(self, weight):
+            return weight * self.scale
+
+    scaled = Scaled()
+    torch.nn.utils.parametrize.register_parametrization(embedding, name, scaled)
+    embedding.requires_grad_(False)
+    scaled.scale.requires_grad_(True)
+    embedding.bake()
+    assert embedding(ids).requires_grad  # what is learned is the scale alone
+    with torch.no_grad():
+        before = embedding.bake()(ids)
+        scaled.scale.mul_(1.5)
+        torch.testing.assert_close(embedding(ids), embedding.generate(ids))
+        assert not torch.allclose(embedding(ids), before)
+
+
+@embeddings
+def test_copies_and_pickles_carry_no_table(make):
     embedding, ids = make().eval(), torch.arange(20)
     with torch.no_grad():
         embedding.bake()
-    embedding(ids).sum().backward()
-    torch.optim.SGD(embedding.parameters(), lr=0.1).step()
+        next(embedding.parameters()).mul_(1.1)
+        for copied in (copy.deepcopy(embedding), pickle.loads(pickle.dumps(embedding))):
+            assert copied._baked is None
+            torch.testing.assert_close(copied(ids), embedding.generate(ids))
+
+
+def test_a_table_baked_under_autocast_is_exact():
+    embedding, ids = EMBEDDINGS["low_rank"]().eval(), torch.arange(20)
     with torch.no_grad():
-        torch.testing.assert_close(embedding(ids), embedding.generate(ids))
+        expected = embedding(ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            embedding.bake()
+        torch.testing.assert_close(embedding(ids), expected)
+
+
+def test_reading_the_weight_keeps_the_table():
+    embedding = small().eval().bake()
+    table = embedding.weight
+    assert embedding.weight is table
 
 
 @embeddings
@@ -294,10 +350,10 @@ def test_what_is_learned_is_never_looked_up(make):
     assert embedding(ids).requires_grad
     assert embedding.table().requires_grad
     embedding.train()
-    assert embedding._table is None
+    assert embedding._baked is None
     embedding.eval().requires_grad_(False)
     assert not embedding.bake()(ids).requires_grad
-    assert embedding.unbake()._table is None
+    assert embedding.unbake()._baked is None
 
 
 @embeddings
