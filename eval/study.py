@@ -11,6 +11,7 @@ stopped.
 import argparse
 import statistics
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def train_one(config: Path, flags: Sequence[str], folder: Path, seed: int) -> di
         "seed": seed,
         **{name: last[name] for name in REPORTED},
         "validation": [{name: row[name] for name in ("step", *REPORTED)} for row in report["validation"]],
-        "seconds": report["seconds"],
+        # Of the whole training, also if the last part alone was timed.
+        "seconds": report["seconds"] * report["steps"] / max(1, report["steps"] - report["resumed_from_step"]),
         "steps": report["steps"],
         "num_parameters": report["num_parameters"],
         "references": {name: report[name] for name in ("marginal_entropy", "persistence_nrmse")},
@@ -70,7 +72,7 @@ def study(
             return train_one(config, chosen, out / f"{arm}-{value}-{seed}", seed)
 
         tuning = {value: trained(value, seeds[0]) for value in tune[1]}
-        best = min(tuning, key=lambda value: tuning[value]["loss"])
+        best = min(tuning, key=lambda value: (isnan(tuning[value]["loss"]), tuning[value]["loss"]))
         runs = [tuning[best], *(trained(best, seed) for seed in seeds[1:])]
         arms[arm] = {
             "tuning": {value: each["loss"] for value, each in tuning.items()},

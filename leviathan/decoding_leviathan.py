@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.generation import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -40,6 +40,7 @@ from sna_core.digit_head import DigitHead
 Sampling = Literal["expectation", "greedy", "top_k", "top_p", "sample"]
 DETERMINISTIC = ("expectation", "greedy")
 RANDOM = ("top_k", "top_p", "sample")
+LARGEST_SCORES = 2**26  # that exist at one time, in float64 for expectations
 GRAPH_TOKENS = 512  # tokens that share one CUDA graph, whose attention reads the cache up to the last of them
 
 
@@ -77,6 +78,7 @@ class Sampler:
 
     Args:
         head: Maps hidden states to logits.
+        num_scores: Number of ids.
         sampling: ``"expectation"``, ``"greedy"``, or the random ``"top_k"``, ``"top_p"`` and ``"sample"``.
         top_k: Ids kept by ``"top_k"``.
         top_p: Probability kept by ``"top_p"``.
@@ -84,6 +86,7 @@ class Sampler:
     """
 
     head: Callable[[Tensor], Tensor]
+    num_scores: int
     sampling: Sampling = "expectation"
     top_k: int = 50
     top_p: float = 0.9
@@ -100,8 +103,23 @@ class Sampler:
             warpers.append(TopPLogitsWarper(self.top_p))
         object.__setattr__(self, "warpers", warpers)
 
-    def __call__(self, hidden_states: Tensor, uniform: Tensor | None) -> Tensor:
-        """Ids of the hidden states."""
+    def __call__(self, hidden_states: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """Ids of the hidden states, of which so many are taken at one time as keep their scores small.
+
+        Raises:
+            ValueError: If a random sampling gets no uniform numbers.
+        """
+        if self.sampling in RANDOM and uniform is None:
+            raise ValueError(f"sampling = {self.sampling!r} needs a uniform number in [0, 1) for each token.")
+        flat, numbers = hidden_states.flatten(0, -2), None if uniform is None else uniform.flatten()
+        size = max(1, LARGEST_SCORES // self.num_scores)
+        parts = [
+            self._choose(flat[i : i + size], None if numbers is None else numbers[i : i + size])
+            for i in range(0, len(flat), size)
+        ]
+        return torch.cat(parts).view(hidden_states.shape[:-1])
+
+    def _choose(self, hidden_states: Tensor, uniform: Tensor | None) -> Tensor:
         digits = isinstance(self.head, DigitHead)
         # CODEPATH: a head of digits knows the mean and the inverse distribution without all logits.
         if digits and self.sampling == "expectation":
@@ -114,11 +132,7 @@ class Sampler:
             return expected_ids(scores)
         if self.sampling == "greedy":
             return torch.where(scores.isfinite().all(-1), scores.argmax(-1), -1)
-        return inverse_distribution(self._warped(scores), uniform)
-
-    def _warped(self, scores: Tensor) -> Tensor:
-        flat = scores.flatten(0, -2)  # the warpers take (rows, vocabulary)
-        return self.warpers(None, flat).view_as(scores)
+        return inverse_distribution(self.warpers(None, scores), uniform)
 
 
 class PatchCache:
@@ -148,6 +162,12 @@ class PatchCache:
         keys, values = self.states[layer]
         return keys[:, :, : self.end], values[:, :, : self.end]
 
+    def clear(self) -> None:
+        """Forgets all numbers, and keeps the memory."""
+        for each in filter(None, self.states):
+            for state in each:
+                state.zero_()
+
     def keep(self, rows: Tensor) -> None:
         """Leaves the given rows alone, so that finished ones cost no more."""
         self.states = [tuple(state[rows] for state in each) for each in self.states]
@@ -169,7 +189,7 @@ class Decoder:
     num_tokens: int
     block_size: int = 1
     num_passes: int = 0  # forward passes since the beginning, without prefixes
-    _graphs: dict[tuple[int, int], _Graphs] = field(default_factory=dict, repr=False)
+    _graphs: _Graphs | None = field(default=None, repr=False)
 
     def __post_init__(self):
         self.decoder = self.model.get_decoder()
@@ -181,13 +201,22 @@ class Decoder:
                 f"{attention!r} has none; load the model without attn_implementation."
             )
 
+    @torch.no_grad()
     def __call__(self, prefix: Tensor, uniform: Tensor | None = None) -> Tensor:
         """Targets (rows, num_tokens) int64 behind ``prefix`` (rows, tokens), of uniform numbers (rows, num_tokens)."""
         if self.block_size > 1:
             return self.by_blocks(prefix, uniform)
-        if prefix.device.type == "cuda" and self.takes_masks:
+        if prefix.device.type == "cuda" and self._can_be_captured():
             return self.by_graphs(prefix, uniform)
         return self.one_by_one(prefix, uniform)
+
+    def _can_be_captured(self) -> bool:
+        """Whether a step asks nothing of the device: masks of our own, a table, fixed rotations, one device."""
+        embedding, rotary = self.decoder.embed_tokens, self.decoder.rotary_emb
+        is_table = isinstance(embedding, nn.Embedding) or getattr(embedding, "_baked", None) is not None
+        is_fixed = getattr(rotary, "rope_type", "default") not in ("dynamic", "longrope")
+        spread = len({p.device for p in self.model.parameters()}) > 1
+        return self.takes_masks and is_table and is_fixed and not spread
 
     def without_cache(self, prefix: Tensor, uniform: Tensor | None = None) -> Tensor:
         """The plain loop, which reads everything again for every token: the oracle of the others."""
@@ -240,7 +269,7 @@ class Decoder:
             cache.place, cache.end = length + read, length + int(read.max()) + 1
             hidden = self._forward(guess, cache.place, cache, masked=True)
             numbers = None if uniform is None else uniform.gather(1, chosen_at)
-            chosen = checked(self.sampler(hidden, numbers))
+            chosen = checked(self.sampler(hidden, numbers))  # (rows, block)
             # Decided: the first, and those whose predecessors in the window were guessed as they are chosen.
             agree = (guess[:, 1:] == chosen[:, :-1]).long().cumprod(1).sum(1) + 1
             inside = read + 1 < self.num_tokens
@@ -252,10 +281,16 @@ class Decoder:
 
     def by_graphs(self, prefix: Tensor, uniform: Tensor | None = None) -> Tensor:
         """Token by token with CUDA graphs: no launch, no choice and no position passes through Python."""
-        key = tuple(prefix.shape)
-        if key not in self._graphs:
-            self._graphs[key] = _Graphs(self, *key)
-        return self._graphs[key](prefix, uniform)
+        rows, length = prefix.shape
+        graphs = self._graphs
+        if graphs is None or not graphs.fit(rows, length):
+            self._graphs = None  # frees its memory before more is taken
+            graphs = self._graphs = _Graphs(self, rows, length)
+        missing = graphs.rows - rows  # a last batch is smaller, and graphs have one size
+        if missing:
+            prefix = torch.cat([prefix, prefix[:1].expand(missing, -1)])
+            uniform = uniform if uniform is None else torch.cat([uniform, uniform[:1].expand(missing, -1)])
+        return graphs(prefix, uniform)[:rows]
 
     def _read(self, prefix: Tensor, cache: PatchCache | None = None) -> tuple[PatchCache, Tensor]:
         """Reads the prefix in both directions: its cache, and the hidden state (rows, hidden) behind it."""
@@ -304,19 +339,32 @@ class _Graphs:
     """CUDA graphs of the step from one token to the next, for prefixes of one shape; the same tensors every time."""
 
     def __init__(self, decoder: Decoder, rows: int, length: int):
-        device = decoder.model.device
-        self.decoder, self.length = decoder, length
+        self.decoder, self.rows, self.length, self.device = decoder, rows, length, decoder.model.device
         self.cache = PatchCache(len(decoder.decoder.layers), length + decoder.num_tokens)
-        self.target = torch.zeros(rows, decoder.num_tokens, dtype=torch.long, device=device)
-        self.uniform = torch.zeros(rows, decoder.num_tokens, dtype=torch.float64, device=device)
-        self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.place = torch.zeros(1, 1, dtype=torch.long, device=device)  # of the token to be chosen
+        self.target = torch.zeros(rows, decoder.num_tokens, dtype=torch.long, device=self.device)
+        self.uniform = torch.zeros(rows, decoder.num_tokens, dtype=torch.float64, device=self.device)
+        self.token = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
+        self.place = torch.zeros(1, 1, dtype=torch.long, device=self.device)  # of the token to be chosen
+        self.weights = self._pointers()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.pool = None  # of memory, one for all graphs: they run one after the other
+
+    def _pointers(self) -> list[Tensor]:
+        """What graphs hold the addresses of, a baked table included; kept, so that these stay theirs."""
+        decoder = self.decoder.decoder
+        baked = getattr(decoder.embed_tokens, "_baked", None)
+        return [*self.decoder.model.parameters(), *([] if baked is None else [baked[1]])]
+
+    def fit(self, rows: int, length: int) -> bool:
+        """Whether prefixes of this shape can be decoded, with the weights that were captured."""
+        now = self._pointers()
+        same = len(now) == len(self.weights) and all(a is b for a, b in zip(now, self.weights, strict=True))
+        return same and rows <= self.rows and length == self.length
 
     def step(self, end: int) -> None:
         """Chooses one token from the one before; reads and writes tensors alone, so that it can be captured."""
         decoder = self.decoder
-        positions = (self.place + (self.length - 1)).expand(len(self.token), 1)
+        positions = (self.place + (self.length - 1)).expand(self.rows, 1)
         self.cache.place, self.cache.end = positions, end
         hidden = decoder._forward(self.token, positions, self.cache, masked=True)[:, -1]
         place = self.place.expand_as(self.token)
@@ -330,10 +378,11 @@ class _Graphs:
         decoder = self.decoder
         if uniform is not None:
             self.uniform.copy_(uniform)
+        self.cache.clear()  # numbers that are not finite pass through a mask
         _, hidden = decoder._read(prefix, self.cache)
         first = decoder._choose(hidden, uniform, 0)
         self.target[:, 0] = first
-        self.token.copy_(first.clamp(min=0).unsqueeze(-1))
+        self.token.copy_(first.unsqueeze(-1))
         self.place.fill_(1)
         for begin in range(1, decoder.num_tokens, GRAPH_TOKENS):
             stop = min(begin + GRAPH_TOKENS, decoder.num_tokens)
@@ -347,16 +396,18 @@ class _Graphs:
     def capture(self, end: int) -> torch.cuda.CUDAGraph:
         """The graph of :meth:`step`; what it writes while warming up is written again when it is replayed."""
         kept = [each.clone() for each in (self.token, self.place, self.target)]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
+        with torch.cuda.device(self.device):  # capture is of the current device's work
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.step(end)
+                    self.place.copy_(kept[1])
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream):
                 self.step(end)
-                self.place.copy_(kept[1])
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step(end)
         for tensor, value in zip((self.token, self.place, self.target), kept, strict=True):
             tensor.copy_(value)
         self.graphs[end] = graph

@@ -107,7 +107,7 @@ def rollout(
     states = []
     try:
         _bake(model, num_tokens=num_steps * ids.numel())
-        sampler = Sampler(model.output_head(), sampling, top_k, top_p, temperature)
+        sampler = Sampler(model.output_head(), tokenizer.vocab_size, sampling, top_k, top_p, temperature)
         decoder = Decoder(model, sampler, tokenizer.tokens_per_patch, block_size)
         decode = decoder if use_cache else decoder.without_cache
         with tqdm(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -32,6 +32,16 @@ class TableHead:
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Logits (..., vocabulary) of hidden states (..., hidden)."""
         return F.linear(hidden_states, self.weight)
+
+
+def is_plain(head: Callable[[Tensor], Tensor], device: torch.device) -> bool:
+    """Whether a head is its `weight` and nothing else: neither biased, hooked, offloaded, sharded nor quantised."""
+    if isinstance(head, TableHead):
+        return True
+    if type(head) is not nn.Linear or head.bias is not None or type(head.weight) is not nn.Parameter:
+        return False
+    hooked = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
+    return not hooked and head.weight.device == device and len(head.weight) == head.out_features
 
 
 def fused_cross_entropy(hidden_states: Tensor, weight: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
@@ -48,18 +58,21 @@ def fused_cross_entropy(hidden_states: Tensor, weight: Tensor, labels: Tensor, c
     Shapes: hidden_states (tokens, hidden), weight (vocabulary, hidden), labels (tokens,) -> scalar. Differentiable
     once.
     """
-    kind = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return _FusedCrossEntropy.apply(hidden_states, weight, labels, chunk_size, dtype)
+    kind, dtype = hidden_states.device.type, weight.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    # Inside the function gradients always seem wanted of what requires them.
+    learned = [torch.is_grad_enabled() and each.requires_grad for each in (hidden_states, weight)]
+    return _FusedCrossEntropy.apply(hidden_states, weight, labels, chunk_size, dtype, *learned)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels, chunk_size, dtype):  # noqa: ANN001, ANN205
+    def forward(ctx, hidden_states, weight, labels, chunk_size, dtype, learns_hidden, learns_weight):  # noqa: ANN001, ANN205
         exact = torch.promote_types(dtype, torch.float32)
         matrix = weight.to(dtype)
-        to_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
-        to_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
+        to_hidden = torch.empty_like(hidden_states) if learns_hidden else None
+        to_weight = torch.zeros_like(weight, dtype=exact) if learns_weight else None
         loss = hidden_states.new_zeros((), dtype=exact)
         for start in range(0, len(labels), chunk_size):
             rows = slice(start, start + chunk_size)
@@ -81,8 +94,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):  # noqa: ANN001, ANN205
-        scaled = (None if each is None else each * gradient.to(each.dtype) for each in ctx.saved_tensors)
-        return *scaled, None, None, None
+        # In the gradient's precision: rounding it first would bend all gradients alike.
+        scaled = (None if each is None else (each * gradient).to(each.dtype) for each in ctx.saved_tensors)
+        return *scaled, None, None, None, None, None
 
 
 def chunked_loss(
@@ -106,4 +120,4 @@ def cross_entropy_of(logits_of: Callable[[Tensor], Tensor]) -> Callable[[Tensor,
     return lambda hidden, target: F.cross_entropy(logits_of(hidden).float(), target, reduction="sum")
 
 
-__all__ = ["TableHead", "chunked_loss", "cross_entropy_of", "fused_cross_entropy"]
+__all__ = ["TableHead", "chunked_loss", "cross_entropy_of", "fused_cross_entropy", "is_plain"]

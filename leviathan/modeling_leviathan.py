@@ -48,7 +48,7 @@ from sna_core.embedding import LowRankEmbedding, SeparableEmbedding
 
 from .attention_leviathan import PREFIX_SDPA, needs_no_mask
 from .configuration_leviathan import LeviathanConfig
-from .loss_leviathan import TableHead, chunked_loss, cross_entropy_of, fused_cross_entropy
+from .loss_leviathan import TableHead, chunked_loss, cross_entropy_of, fused_cross_entropy, is_plain
 from .masking_leviathan import create_prefix_mask, prefix_blocks, prefix_token_types
 
 
@@ -282,12 +282,10 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         llama.generation_config = copy.deepcopy(self.generation_config)
         return llama
 
-    def save_pretrained(self, save_directory: str | os.PathLike, bake: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, bake: bool = False, **kwargs: Any) -> None:
         """As in transformers; with `bake`, saves [`~LeviathanForCausalLM.to_llama`], for whatever reads LLaMA."""
-        if bake:
-            self.to_llama().save_pretrained(save_directory, **kwargs)
-        else:
-            super().save_pretrained(save_directory, **kwargs)
+        save = self.to_llama().save_pretrained if bake else super().save_pretrained
+        save(save_directory, *args, **kwargs)
 
     def output_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The map from hidden states to logits; a tied generated table is generated once for all its uses."""
@@ -298,6 +296,7 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
 
     def _loss_without_logits(
         self,
+        head: Callable[[torch.Tensor], torch.Tensor],
         hidden_states: torch.Tensor,
         labels: torch.Tensor,
         shift_labels: torch.Tensor | None = None,
@@ -307,17 +306,15 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         """Next-token cross entropy in nats a label, or over `num_items_in_batch`."""
         shifted = F.pad(labels, (0, 1), value=-100)[..., 1:] if shift_labels is None else shift_labels
         wanted = shifted != -100
-        hidden_states, target = hidden_states[wanted], shifted[wanted]
-        head, size = self.output_head(), self.config.loss_chunk_size
-        weight = getattr(head, "weight", None)
+        hidden_states, target, size = hidden_states[wanted], shifted[wanted], self.config.loss_chunk_size
         if isinstance(head, DigitHead):
-            loss = chunked_loss(lambda hidden, ids: -head.log_prob(hidden, ids).sum(), hidden_states, target, size)
-        # A head that is sharded, wrapped or quantised has a product of its own.
-        elif type(head) in (nn.Linear, TableHead) and type(weight) in (nn.Parameter, torch.Tensor) and len(weight):
-            loss = fused_cross_entropy(hidden_states, weight, target, size)
+            loss = chunked_loss(lambda hidden, ids: -head(hidden, ids).sum(), hidden_states, target, size)
+        elif is_plain(head, hidden_states.device):
+            loss = fused_cross_entropy(hidden_states, head.weight, target, size)
         else:
             loss = chunked_loss(cross_entropy_of(head), hidden_states, target, size)
-        return loss / (target.numel() if num_items_in_batch is None else num_items_in_batch)
+        count = target.numel() if num_items_in_batch is None else num_items_in_batch
+        return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
 
     @can_return_tuple
     @auto_docstring
@@ -358,7 +355,7 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         loss, logits = None, None
         # CODEPATH: runs with large vocabularies train without all logits (turbulence_64.yaml), the others with them.
         if labels is not None and (self.config.loss_chunk_size is not None or self.config.output_head == "digits"):
-            loss = self._loss_without_logits(hidden_states, labels, **kwargs)
+            loss = self._loss_without_logits(head, hidden_states, labels, **kwargs)
         else:
             if not isinstance(logits_to_keep, int) and logits_to_keep.dim() != 1:
                 raise ValueError(

@@ -104,12 +104,16 @@ class DigitHead(nn.Module):
             nn.init.normal_(self.out_weight, std=self.rank**-0.5)  # a sum of rank terms keeps the spread of one
             nn.init.zeros_(self.out_bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
         """Log-probabilities of all ids, a dense head's ``log_softmax``: (..., D) -> (..., num_embeddings).
+
+        With ``ids`` it is :meth:`log_prob` of them, for wrappers that see to parameters and hooks around ``forward``.
 
         Raises:
             ValueError: If ``hidden`` has another width than ``hidden_size``.
         """
+        if ids is not None:
+            return self.log_prob(hidden, ids)
         self._check_hidden(hidden)
         with without_autocast(hidden.device):
             return self._log_prefixes(hidden, self.num_digits)

@@ -13,7 +13,7 @@ from leviathan.decoding_leviathan import (
     inverse_distribution,
 )
 from sna_core import DigitHead
-from tests.test_leviathan import KINDS, tiny, tokens
+from tests.test_leviathan import KINDS, VOCAB, tiny, tokens
 
 SAMPLINGS = DETERMINISTIC + RANDOM
 ROWS, LENGTH = 5, 16
@@ -22,7 +22,7 @@ kinds = pytest.mark.parametrize("kind", ["separable", "grouped-query", "digits",
 
 def decoder(kind="separable", sampling="greedy", attention=None, **options):
     model = tiny(attention, **KINDS[kind])
-    return Decoder(model, Sampler(model.output_head(), sampling, top_k=5, temperature=0.7), LENGTH, **options)
+    return Decoder(model, Sampler(model.output_head(), VOCAB, sampling, top_k=5, temperature=0.7), LENGTH, **options)
 
 
 def inputs():
@@ -73,30 +73,45 @@ def test_the_step_of_the_cuda_graphs_equals_the_plain_loop(sampling, monkeypatch
     monkeypatch.setattr(_Graphs, "capture", lambda graphs, end: Replayed(graphs, end))
     monkeypatch.setattr("leviathan.decoding_leviathan.GRAPH_TOKENS", 6)
     stepping = decoder("grouped-query", sampling)
-    for _ in range(2):  # the second on buffers that hold the first
-        prefix, uniform = inputs()
+    for rows in (ROWS, ROWS, ROWS - 2):  # on buffers that hold the one before, the last in fewer rows
+        prefix, uniform = (each[:rows] for each in inputs())
         assert torch.equal(stepping.by_graphs(prefix, uniform), stepping.without_cache(prefix, uniform))
-        torch.manual_seed(1)
+        graphs = stepping._graphs
+        torch.manual_seed(rows)
+    stepping.by_graphs(*inputs())
+    assert stepping._graphs is graphs
+    stepping.model.lm_head.weight = torch.nn.Parameter(stepping.model.lm_head.weight * 2)
+    stepping.by_graphs(*inputs())
+    assert stepping._graphs is not graphs  # weights that were not captured
+
+
+def test_a_good_guess_takes_few_passes_and_a_bad_one_no_more_than_tokens():
+    prefix, _ = inputs()
+
+    def given(hidden, uniform):  # a sampler whose next state is given by the uniform numbers, whatever the model says
+        return uniform.round().long()
+
+    for target, least, most in ((prefix, 3, 3), ((prefix + 1) % VOCAB, 4, LENGTH - 2)):
+        by_blocks = Decoder(tiny(), given, LENGTH, block_size=5)
+        assert torch.equal(by_blocks(prefix, target.double()), target)
+        assert least <= by_blocks.num_passes <= most
 
 
 @torch.no_grad()
-def test_a_good_guess_takes_few_passes_and_a_bad_one_costs_none_extra():
-    prefix, _ = inputs()
-    state = decoder().without_cache(prefix)
+def test_scores_of_few_tokens_exist_at_one_time(monkeypatch):
+    prefix, uniform = inputs()
+    expected = decoder(sampling="sample", block_size=4)(prefix, uniform)
+    monkeypatch.setattr("leviathan.decoding_leviathan.LARGEST_SCORES", 3 * VOCAB + 1)
+    seen = []
+    split = decoder(sampling="sample", block_size=4)
+    split.sampler.head.register_forward_hook(lambda module, given, scores: seen.append(len(scores)))
+    assert torch.equal(split(prefix, uniform), expected)
+    assert max(seen) == 3
 
-    class Fixed:  # a sampler for which the next state is the prior one, whatever the model says
-        def __init__(self, target):
-            self.target, self.i = target, 0
 
-        def __call__(self, hidden, uniform):
-            return uniform.round().long()
-
-    for target, passes in ((prefix, 4), ((prefix + 1) % 48, LENGTH - 1)):
-        by_blocks = Decoder(tiny(), Fixed(target), LENGTH, block_size=5)
-        numbers = target.double()
-        assert torch.equal(by_blocks(prefix, numbers), target)
-        assert by_blocks.num_passes <= passes
-    assert state.shape == prefix.shape
+def test_a_random_sampling_asks_for_its_numbers():
+    with pytest.raises(ValueError, match="'sample' needs a uniform number"):
+        decoder(sampling="sample")(inputs()[0])
 
 
 @torch.no_grad()
@@ -124,15 +139,17 @@ def test_samplings_have_the_distributions_they_name():
         return torch.bincount(sampler(many, uniform), minlength=6) / len(uniform)
 
     identity = torch.nn.Identity()
-    torch.testing.assert_close(frequencies(Sampler(identity, "sample")), scores.exp(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(frequencies(Sampler(identity, 6, "sample")), scores.exp(), rtol=0, atol=1e-4)
     tempered = (scores / 0.5).softmax(-1)
-    torch.testing.assert_close(frequencies(Sampler(identity, "sample", temperature=0.5)), tempered, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        frequencies(Sampler(identity, 6, "sample", temperature=0.5)), tempered, rtol=0, atol=1e-4
+    )
     best = scores.topk(2)
     kept = torch.zeros(6).scatter_(-1, best.indices, best.values.softmax(-1))
-    torch.testing.assert_close(frequencies(Sampler(identity, "top_k", top_k=2)), kept, rtol=0, atol=1e-4)
-    top_p = frequencies(Sampler(identity, "top_p", top_p=float(best.values.exp().sum()) - 1e-4))
+    torch.testing.assert_close(frequencies(Sampler(identity, 6, "top_k", top_k=2)), kept, rtol=0, atol=1e-4)
+    top_p = frequencies(Sampler(identity, 6, "top_p", top_p=float(best.values.exp().sum()) - 1e-4))
     torch.testing.assert_close(top_p, kept, rtol=0, atol=1e-4)
-    assert frequencies(Sampler(identity, "greedy"))[scores.argmax()] == 1
+    assert frequencies(Sampler(identity, 6, "greedy"))[scores.argmax()] == 1
 
 
 def test_neighbouring_levels_move_together():
@@ -160,9 +177,9 @@ def test_the_digits_shortcuts_equal_the_full_distribution():
     table = torch.nn.Module()
     table.forward = head.forward
     for sampling in ("expectation", "sample"):
-        fast, full = (Sampler(each, sampling)(hidden, uniform) for each in (head, table.forward))
+        fast, full = (Sampler(each, 45, sampling)(hidden, uniform) for each in (head, table.forward))
         assert torch.equal(fast, full)
-    assert torch.equal(expected_ids(head(hidden)), Sampler(head, "expectation")(hidden, None))
+    assert torch.equal(expected_ids(head(hidden)), Sampler(head, 45, "expectation")(hidden, None))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -171,13 +188,13 @@ def test_broken_scores_are_said(sampling):
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
         with pytest.raises(ValueError, match="not finite"):
-            Decoder(model, Sampler(model.output_head(), sampling), LENGTH)(*inputs())
+            Decoder(model, Sampler(model.output_head(), VOCAB, sampling), LENGTH)(*inputs())
 
 
 @torch.no_grad()
 def test_bfloat16_decodes():
     model = tiny().to(torch.bfloat16)
-    out = Decoder(model, Sampler(model.output_head(), "expectation"), LENGTH, block_size=4)(*inputs())
+    out = Decoder(model, Sampler(model.output_head(), VOCAB, "expectation"), LENGTH, block_size=4)(*inputs())
     assert out.shape == (ROWS, LENGTH)
 
 
@@ -189,7 +206,7 @@ def test_cuda_graphs_equal_the_plain_loop(kind, sampling):
     prefix, uniform = inputs()
     model = tiny(**KINDS[kind]).cuda()
     model.get_input_embeddings().bake()
-    on_gpu = Decoder(model, Sampler(model.output_head(), sampling, top_k=5, temperature=0.7), LENGTH)
+    on_gpu = Decoder(model, Sampler(model.output_head(), VOCAB, sampling, top_k=5, temperature=0.7), LENGTH)
     assert torch.equal(
         on_gpu.by_graphs(prefix.cuda(), uniform.cuda()), on_gpu.without_cache(prefix.cuda(), uniform.cuda())
     )

@@ -298,6 +298,20 @@ def test_chunked_loss_equals_the_dense_one(options):
         assert (a.grad - b.grad).norm() < 1e-4 * b.grad.norm(), name
 
 
+@pytest.mark.parametrize("kind", ["separable", "separable-tied", "digits"])
+def test_a_hook_on_the_head_is_not_passed_by(kind):
+    model, ids = tiny(loss_chunk_size=3, **KINDS[kind]), tokens()
+    calls = []
+    if model.lm_head is not None:
+        model.lm_head.register_forward_hook(lambda module, given, out: calls.append(1))
+    rows, embedding = [], model.get_input_embeddings()
+    generate = embedding.generate
+    embedding.generate = lambda ids: rows.append(len(ids)) or generate(ids)
+    model.train()(ids, labels=ids).loss.backward()
+    assert bool(calls) == (model.lm_head is not None)
+    assert rows.count(VOCAB) == (kind == "separable-tied")  # its table is generated once
+
+
 @kinds
 @pytest.mark.parametrize("size", [40, 60, 400])
 def test_resize_token_embeddings(options, size, tmp_path):

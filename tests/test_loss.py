@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from leviathan.loss_leviathan import TableHead, chunked_loss, cross_entropy_of, fused_cross_entropy
+from leviathan.loss_leviathan import TableHead, chunked_loss, cross_entropy_of, fused_cross_entropy, is_plain
 
 TOKENS, HIDDEN, VOCAB = 50, 12, 300
 
@@ -47,8 +47,33 @@ def test_what_needs_no_gradient_gets_none(frozen):
     fused_cross_entropy(*leaves, labels, 16).backward()
     assert leaves[frozen].grad is None
     assert leaves[1 - frozen].grad is not None
-    with torch.no_grad():
-        torch.testing.assert_close(fused_cross_entropy(*leaves, labels, 16), dense(*leaves, labels))
+    with torch.no_grad(), Products() as made:
+        torch.testing.assert_close(fused_cross_entropy(*leaves, labels, 50), dense(*leaves, labels))
+    assert made.number == 2  # the logits of each, and no gradient
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += str(function).startswith("aten.mm")
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_is_more_than_its_weight_is_not_taken_for_it():
+    device, weight = torch.device("cpu"), torch.randn(VOCAB, HIDDEN)
+    assert is_plain(TableHead(weight), device)
+    assert is_plain(torch.nn.Linear(HIDDEN, VOCAB, bias=False), device)
+    hooked = torch.nn.Linear(HIDDEN, VOCAB, bias=False)
+    hooked.register_forward_hook(lambda module, given, logits: logits * 2)
+    offloaded = torch.nn.Linear(HIDDEN, VOCAB, bias=False, device="meta")
+    normed = torch.nn.utils.weight_norm(torch.nn.Linear(HIDDEN, VOCAB, bias=False))
+    gathered = torch.nn.Linear(HIDDEN, VOCAB, bias=False)
+    gathered.weight.data = torch.empty(0)
+    for head in (torch.nn.Linear(HIDDEN, VOCAB), hooked, offloaded, normed, gathered, torch.nn.Identity()):
+        assert not is_plain(head, device)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -142,7 +142,7 @@ class FieldTrainer(Trainer):
             losses, expected = [], []
             for chunk, truth in zip(hidden[wanted].split(size), target.split(size), strict=True):
                 if isinstance(head, DigitHead):
-                    losses.append(-head.log_prob(chunk, truth).sum())
+                    losses.append(-head(chunk, truth).sum())
                     expected.append(head.expectation(chunk))
                     continue
                 logits = head(chunk).float()

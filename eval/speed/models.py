@@ -262,7 +262,7 @@ def rollout(setup: Setup) -> Section:
     model = spread_embeddings(model_of(setup, **config)).to(setup.dtype).eval()
     model.get_input_embeddings().bake()
     prefix = torch.randint(vocab_size, (rows, length), device=setup.device)
-    sampler = Sampler(model.output_head(), "greedy")
+    sampler = Sampler(model.output_head(), model.config.vocab_size, "greedy")
     with torch.no_grad():
         return _measure_rollout(setup, model, Decoder(model, sampler, length), prefix, min(length, compared))
 
@@ -336,7 +336,7 @@ def logits_difference(model: LeviathanForCausalLM, prefix: Tensor, tokens: int) 
         return recorded[-1]
 
     head_of = model.output_head()
-    ours = Decoder(model, Sampler(recording_head, "greedy"), tokens).one_by_one(prefix)
+    ours = Decoder(model, Sampler(recording_head, model.config.vocab_size, "greedy"), tokens).one_by_one(prefix)
     theirs = generated(model, prefix, tokens, output_logits=True)
     equal = ours == theirs.sequences[:, prefix.shape[1] :]
     same_input = torch.cat([torch.ones_like(equal[:, :1]), equal[:, :-1].cumprod(-1).bool()], -1)  # (rows, tokens)
