@@ -11,7 +11,7 @@ FLOW := --num-grid 64 --num-snapshots 21 --k-tot 8 --viscosity 1e-3 --warm-up-ti
 # accelerate launch gives a process one thread unless told otherwise.
 demo demo-short: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo demo-short card test lint
+.PHONY: demo demo-short heads speed card test lint
 
 demo: .venv/.installed
 	$(BIN)/python -m training.turbulence --out runs/demo/data.hdf5 --num-trajectories 96 $(FLOW)
@@ -28,12 +28,27 @@ demo-short: .venv/.installed
 	$(BIN)/python -m eval.rollout --model runs/demo-short/model --data runs/demo-short/data.hdf5 \
 		--out runs/demo-short/results --num-trajectories 1 --num-steps 2 --samplings expectation
 
-# The model card and README's picture, from the demo's results.
+# A dense head against one of digits, at 65,536 levels (an hour on two cores).
+heads: .venv/.installed
+	$(BIN)/python -m training.turbulence --out runs/demo/data.hdf5 --num-trajectories 96 $(FLOW)
+	$(BIN)/python -m eval.study --config $(CONFIG) --compare model.output_head=digits,dense \
+		--tune training.learning_rate=1e-3,2e-3,4e-3,8e-3 --seeds 0 1 2 --out runs/head \
+		--tokenizer.num_bits 16 --tokenizer.base 256 --model.loss_chunk_size 512 --data.context_noise 1024 \
+		--data.num_validation_items 256 --training.max_steps 400 --training.eval_steps 100 --training.save_steps 400 \
+		--training.logging_steps 50 --training.disable_tqdm true
+	cp runs/head/study.json model_cards/leviathan/heads.json
+
+# Every fast path against its twin; on a machine that does nothing else.
+speed: .venv/.installed
+	$(BIN)/python -m eval.speed --out model_cards/leviathan/speed.json
+
+# The model card and README's picture, from the demo's results and the records that `heads` and `speed` left.
 card: .venv/.installed
 	mkdir -p model_cards/leviathan
 	cp runs/demo/results/results.json runs/demo/results/contact_sheet.png runs/demo/model/training.json model_cards/leviathan/
 	$(BIN)/python -m eval.card --results model_cards/leviathan/results.json \
-		--training model_cards/leviathan/training.json --out model_cards/leviathan.md
+		--training model_cards/leviathan/training.json --heads model_cards/leviathan/heads.json \
+		--speed model_cards/leviathan/speed.json --out model_cards/leviathan.md
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --numprocesses 2

@@ -108,8 +108,10 @@ def metrics_table(results: Record, step: int) -> str:
     return "\n".join(lines)
 
 
-def model_card(results: Record, training: Record | None) -> str:
-    """The model card as Markdown with Hugging Face's YAML front matter; a function of the two records alone."""
+def model_card(
+    results: Record, training: Record | None, speed: Record | None = None, heads: Record | None = None
+) -> str:
+    """The model card as Markdown with Hugging Face's YAML front matter; a function of the records alone."""
     config, data, model, made = (results[key] for key in ("config", "data", "model", "provenance"))
     steps = results["spectra"]["steps"]
     tables = "\n\n".join(f"After {step} step{'s' * (step > 1)}:\n\n{metrics_table(results, step)}" for step in steps)
@@ -201,7 +203,7 @@ are fitted over wavenumbers {results["slope_band"][0]} to {results["slope_band"]
 {tables}
 
 Rollout: {_speeds(results)}. Three principal components hold {share} the variance of the vocabulary's embeddings.
-
+{_heads_section(heads)}{_speed_section(speed)}
 ## Reproduce
 
 ```bash
@@ -231,6 +233,74 @@ def _training_section(training: Record | None) -> str:
         "commit": _commit((training or {}).get("provenance")),
     }
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {entry} |" for name, entry in entries.items())
+
+
+def _heads_section(heads: Record | None) -> str:
+    if heads is None:
+        return ""
+    rows = [
+        f"| {arm} | {each['num_parameters']:,} | {each['best']} | {_with_spread(each['loss'], '.3f')} "
+        f"| {_with_spread(each['nrmse'], '.3f')} | {each['seconds']['mean']:,.0f} |"
+        for arm, each in heads["arms"].items()
+    ]
+    first = next(iter(heads["arms"].values()))["runs"]
+    return f"""
+## Heads
+
+Another model than the one above: of the same body, with a vocabulary of 65,536 levels, whose head is dense or goes by
+digits. {first[0]["steps"]:,} steps each; every head with the same learning rates to choose from, then the same
+{len(first)} seeds (mean ± standard deviation). Marginal entropy \
+{value(heads, "references.marginal_entropy", "{:.3f}")} nat, persistence nRMSE \
+{value(heads, "references.persistence_nrmse", "{:.3f}")}.
+
+| head | parameters | learning rate | validation loss [nat/token] | teacher-forced nRMSE | seconds, on a busy machine |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+`{value(heads, "provenance.command")}`, commit {_commit(heads["provenance"])}.
+"""
+
+
+def _with_spread(score: Record, form: str) -> str:
+    return f"{score['mean']:{form}} ± {score['standard_deviation']:{form}}"
+
+
+def _speed_section(speed: Record | None) -> str:
+    if speed is None:
+        return ""
+    rows = []
+    for name, found in speed["sections"].items():
+        for figure in found.get("figures", []):
+            unit = "seconds" if "seconds" in figure else "mebibytes"
+            first, second = (f"{each} {figure[unit][each]['median']:.3g}" for each in figure["ratio_of"])
+            low, high = figure["ratio_quartiles"]
+            rows.append(
+                f"| {name}: {figure['what']} | {first}, {second} {'s' if unit == 'seconds' else 'MiB'} "
+                f"| {figure['ratio']:.4g} ({low:.4g} to {high:.4g}) | {_target(figure)} |"
+            )
+    missing = [f"- {name}: {found['not_run']}" for name, found in speed["sections"].items() if "not_run" in found]
+    where = f"{speed['device']}, {speed['dtype']}, {value(speed, 'provenance.hardware.threads')} threads"
+    return f"""
+## Speed
+
+Of the code, not of this model: each fast path beside its plain twin, medians in one run ({where}); the quartiles are
+those of the ratio over repeats. Targets that name another device say nothing here.
+
+| what | compared | ratio (quartiles) | target |
+|---|---|---|---|
+{chr(10).join(rows)}
+{chr(10).join(["", *missing, ""]) if missing else ""}
+`{value(speed, "provenance.command")}`, commit {_commit(speed["provenance"])}.
+"""
+
+
+def _target(figure: Record) -> str:
+    target = figure["target"]
+    if target is None:
+        return ""
+    limit = f"at least {target['at_least']:g}" if "at_least" in target else f"at most {target['at_most']:g}"
+    told = {True: "reached", False: "not reached", None: f"on {target.get('on', 'full sizes')}"}
+    return f"{limit}: {told[figure['reached']]}"
 
 
 def _commit(made: Record | None) -> str:
@@ -265,11 +335,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="results.json of eval.rollout")
     parser.add_argument("--training", type=Path, help="training.json of training.train")
+    parser.add_argument("--speed", type=Path, help="JSON of eval.speed")
+    parser.add_argument("--heads", type=Path, help="study.json of eval.study on model.output_head")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
     args = parser.parse_args(arguments)
     try:
         records = [
-            json.loads(path.read_text(encoding="utf-8")) if path else None for path in (args.results, args.training)
+            json.loads(path.read_text(encoding="utf-8")) if path else None
+            for path in (args.results, args.training, args.speed, args.heads)
         ]
         card = model_card(*records)
         args.out.parent.mkdir(parents=True, exist_ok=True)

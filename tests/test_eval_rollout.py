@@ -224,6 +224,31 @@ def test_the_card_is_a_function_of_the_records(results):
     assert tables == [len(card.CARD_METRICS) + 2] * 3
 
 
+def test_the_card_shows_what_was_measured_of_heads_and_speed(results):
+    run = {"steps": 400, "seed": 0}
+    scored = {"mean": 8.1234, "standard_deviation": 0.0567}
+    arm = {"num_parameters": 1234567, "best": "2e-3", "runs": [run] * 3, "loss": scored, "nrmse": scored}
+    heads = {
+        "arms": {"digits": arm | {"seconds": {"mean": 99.0}}},
+        "references": {"marginal_entropy": 9.25, "persistence_nrmse": 0.33},
+        "provenance": {"command": "python -m eval.study --seeds 0", "commit": "abc"},
+    }
+    figure = {"what": "forward", "seconds": {"slow": {"median": 2.0}, "fast": {"median": 0.5}}, "ratio": 4.0}
+    figure |= {"ratio_of": ["slow", "fast"], "ratio_quartiles": [3.5, 4.5], "reached": False}
+    figure |= {"target": {"text": "5 times", "at_least": 5}}
+    speed = {
+        "device": "cpu",
+        "dtype": "float32",
+        "sections": {"embedding": {"figures": [figure]}, "rollout": {"not_run": "no such device"}},
+        "provenance": {"command": "python -m eval.speed", "commit": "abc", "hardware": {"threads": 2}},
+    }
+    text = card.model_card(results, TRAINING, speed, heads)
+    assert "| digits | 1,234,567 | 2e-3 | 8.123 ± 0.057 | 8.123 ± 0.057 | 99 |" in text
+    assert "| embedding: forward | slow 2, fast 0.5 s | 4 (3.5 to 4.5) | at least 5: not reached |" in text
+    assert "- rollout: no such device" in text
+    assert text.replace("## Heads", "").count("## ") == card.model_card(results, TRAINING, speed).count("## ")
+
+
 def test_what_is_missing_is_said_to_be_missing(results):
     text = card.model_card(results, None)
     assert f"| steps | {card.MISSING} |" in text
@@ -391,5 +416,6 @@ def test_few_flows_give_no_verdict_by_chance():
 
 def test_the_committed_card_is_what_its_records_generate():
     cards = Path(__file__).resolve().parent.parent / "model_cards"
-    records = [json.loads((cards / "leviathan" / name).read_text()) for name in ("results.json", "training.json")]
+    names = ("results.json", "training.json", "speed.json", "heads.json")
+    records = [json.loads((cards / "leviathan" / name).read_text()) for name in names]
     assert (cards / "leviathan.md").read_text(encoding="utf-8") == card.model_card(*records)
