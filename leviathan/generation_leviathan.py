@@ -100,7 +100,8 @@ def rollout(
     num_fields = ids.shape[0] // patches
     # (fields, samples, patches, tokens): every sample is a stream of its own
     ids = ids.view(num_fields, 1, patches, -1).repeat(1, num_samples, 1, 1).flatten(0, 2)
-    generator = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
+    unseeded = seed is None and sampling in RANDOM
+    generator = torch.default_generator if unseeded else torch.Generator().manual_seed(seed or 0)
 
     was_training = model.training
     model.eval()

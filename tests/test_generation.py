@@ -121,6 +121,7 @@ def test_global_state_is_left_as_it_was(setup):
     expected = torch.rand(3)
     torch.manual_seed(7)
     run(setup, sampling="sample", seed=0)
+    run(setup, sampling="expectation")
     assert model.training
     assert torch.equal(torch.rand(3), expected)
 
