@@ -19,7 +19,7 @@ VARIANTS = {
     "v1": {"num_heads": 1, "num_knots": 32, "rank": 8, "seed_bias": True, "residual": True},
 }
 LARGEST_DEFAULT_BASE = 256
-_Versions = tuple[tuple[Tensor, Any, int], ...]
+_Versions = tuple[tuple[Tensor, int, int], ...]
 MATERIALIZED_AT_ONCE = 8192  # rows, whose intermediate numbers are far more than the rows themselves
 
 
@@ -191,42 +191,55 @@ class _GeneratedEmbedding(nn.Module):
         return bool(weights) and not weights[0].is_meta  # a replica of DataParallel has none
 
     def _baked_table(self) -> Tensor | None:
-        """The table, if there is one that holds."""
+        """The table, if there is one that holds. On the way of every lookup: one loop, and no more."""
         baked = self._baked  # one read, since other threads may drop it
-        if baked is None or not self._is_constant() or not _are_same(baked[0], _versions(self._weights())):
+        if baked is None or self.training or torch.compiler.is_compiling():
             return None
-        return baked[1]
+        versions, table = baked
+        learns, weights = torch.is_grad_enabled(), self._weights()
+        if len(weights) != len(versions):
+            return None
+        for now, (weight, version, pointer) in zip(weights, versions, strict=True):
+            if now is not weight or now._version != version or now.data_ptr() != pointer:
+                return None
+            if learns and now.requires_grad:
+                self.unbake()  # as above
+                return None
+        return table
 
     def _bake(self) -> Tensor:
         table = self._baked_table()
         if table is None:
             with torch.inference_mode(False):
                 table = self.materialize()
-            self._baked = _versions(self._weights()), table
+            versions = _versions(self._weights())
+            self._baked = None if versions is None else (versions, table)
         return table
 
     def _is_worth_baking(self, num_rows: int) -> bool:
         """Counts rows that are to be generated: whether with them there would be as many as the table has."""
         versions, (before, counted) = _versions(self._weights()), self._counted
-        num_rows += counted if _are_same(before, versions) else 0
+        if versions is None or _is_grouped():
+            return False
+        same = len(before) == len(versions) and all(
+            a[0] is b[0] and a[1:] == b[1:] for a, b in zip(before, versions, strict=True)
+        )
+        num_rows += counted if same else 0
         self._counted = versions, num_rows
-        return num_rows >= self.num_embeddings and not _is_grouped()
+        return num_rows >= self.num_embeddings
 
     def _all_ids(self) -> Tensor:
         return torch.arange(self.num_embeddings, device=next(self.parameters()).device)
 
 
-def _versions(weights: list[Tensor]) -> _Versions:
-    """What tells whether weights changed: in place by their version, as others by themselves or their memory."""
-    # Inference tensors have no version: nothing equals what is said of them. Sharded ones have no memory of their own.
-    return tuple(
-        (w, object() if w.is_inference() else w._version, w.data_ptr() if type(w) in (nn.Parameter, Tensor) else 0)
-        for w in weights
-    )
+def _versions(weights: list[Tensor]) -> _Versions | None:
+    """What tells whether weights change: in place by their version, as others by themselves or their memory.
 
-
-def _are_same(before: _Versions, now: _Versions) -> bool:
-    return len(before) == len(now) and all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(before, now, strict=True))
+    None where nothing tells: inference tensors have no version, sharded ones no memory of their own.
+    """
+    if any(type(w) not in (nn.Parameter, Tensor) or w.is_inference() for w in weights):
+        return None
+    return tuple((w, w._version, w.data_ptr()) for w in weights)
 
 
 def _is_static(ids: Tensor) -> bool:

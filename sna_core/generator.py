@@ -15,6 +15,7 @@ tree of pairwise products, whose gradient is exact where factors are zero. On a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 
@@ -132,38 +133,79 @@ def _factor_gradient(factors: Tensor, product: Tensor, gradient: Tensor) -> Tens
     return _product_gradient(_product_levels(factors), gradient.unsqueeze(0))
 
 
-def _blocks(coordinates: Tensor, rank: int) -> list[tuple[int, slice]]:
+def _blocks(coordinates: Tensor, splines: Tensor) -> Iterator[tuple[int, slice, _Block]]:
+    """Heads and slices of tokens that together fill a cache, with memory for them."""
     heads, tokens, seed = coordinates.shape
+    num_knots, rank = splines.shape[2:]
     size = max(1, BLOCK_NUMEL.get(coordinates.device.type, LARGE_BLOCK_NUMEL) // (seed * rank))
-    return [(head, slice(start, start + size)) for head in range(heads) for start in range(0, tokens, size)]
+    blocks: dict[int, _Block] = {}
+    for start in range(0, tokens, size):
+        number = min(size, tokens - start)
+        if number not in blocks:
+            blocks = {number: _Block(coordinates, number, num_knots, rank)}
+        for head in range(heads):
+            yield head, slice(start, start + number), blocks[number]
 
 
-def _block_basis(x: Tensor, num_knots: int, scale: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The basis in place and without branches, with what its derivative needs.
+class _Block:
+    """The basis of one block of tokens, and memory for its factors, used again by every block of the same size.
 
-    Uses B(t) = relu(3/2 - t)^2 / 2 - 3 relu(1/2 - t)^2 / 2, equal to the two pieces. Returns the basis (seed, tokens,
-    knots), the signed distance to the knots and the sum that normalised it (seed, tokens, 1).
+    Fresh memory of this size comes from the system page by page, which takes as long as computing what goes into it.
+
+    Attributes:
+        distance: Signed distance to the knots, (seed, tokens, knots) as the next three.
+        inner, outer: relu(1/2 - t) and relu(3/2 - t) at the distance t, in units of a knot's scale.
+        basis: :math:`B(t) = outer^2 / 2 - 3 inner^2 / 2`, without branches; divided by its sum where it is normalised.
+        total: That sum (seed, tokens, 1).
+        factors: (seed, tokens, rank).
     """
-    distance = (x * (num_knots - 1)).unsqueeze(-1) - torch.arange(num_knots, dtype=x.dtype, device=x.device)
-    t = distance.abs()
-    if scale is not None:
-        t.mul_(scale.view(-1, 1, 1))
-    inner = (0.5 - t).relu_()
-    outer = t.neg_().add_(1.5).relu_()
-    basis = outer.mul_(outer).mul_(0.5).addcmul_(inner, inner, value=-1.5)
-    total = basis.sum(-1, keepdim=True).clamp_(min=LEAST_TOTAL) if normalize else basis.new_ones(())
-    return (basis.div_(total) if normalize else basis), distance, total
+
+    def __init__(self, like: Tensor, num_tokens: int, num_knots: int, rank: int):
+        seed = like.shape[-1]
+        self.knots = torch.arange(num_knots, dtype=like.dtype, device=like.device)
+        self.distance, self.inner, self.outer, self.basis = like.new_empty(4, seed, num_tokens, num_knots)
+        self.total = like.new_empty(seed, num_tokens, 1)
+        self.factors = like.new_empty(seed, num_tokens, rank)
+
+    def fill(self, coordinates: Tensor, splines: Tensor, scale: Tensor | None, normalize: bool) -> Tensor:
+        """Basis and factors of coordinates (tokens, seed) with splines (seed, knots, rank); returns the factors."""
+        position = coordinates.t().mul(len(self.knots) - 1).unsqueeze(-1)
+        torch.sub(position, self.knots, out=self.distance)
+        t = torch.abs(self.distance, out=self.outer)
+        if scale is not None:
+            t.mul_(scale.view(-1, 1, 1))
+        torch.neg(t, out=self.inner).add_(0.5).relu_()
+        self.outer.neg_().add_(1.5).relu_()
+        torch.mul(self.outer, self.outer, out=self.basis).mul_(0.5).addcmul_(self.inner, self.inner, value=-1.5)
+        if normalize:
+            torch.sum(self.basis, -1, keepdim=True, out=self.total).clamp_(min=LEAST_TOTAL)
+            self.basis.div_(self.total)
+        return torch.bmm(self.basis, splines, out=self.factors)
+
+    def gradient(
+        self, to_factors: Tensor, splines: Tensor, scale: Tensor | None, normalize: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients in the coordinates (tokens, seed) and the scale (seed,); takes the block's own memory."""
+        slope = self.inner.mul_(3.0).sub_(self.outer)  # of the basis in t
+        to_basis = torch.bmm(to_factors, splines.transpose(1, 2), out=self.outer)
+        if normalize:  # through the division by the sum
+            to_basis.sub_(torch.mul(to_basis, self.basis, out=self.basis).sum(-1, keepdim=True)).div_(self.total)
+        to_t = to_basis.mul_(slope)
+        sign = torch.sign(self.distance, out=self.inner)
+        to_distance = to_t.mul_(sign)
+        to_scale = None if scale is None else (to_distance * self.distance).sum((-1, -2))
+        to_position = to_distance.sum(-1)  # (seed, tokens)
+        if scale is not None:
+            to_position = to_position * scale.unsqueeze(-1)
+        return to_position.t() * (len(self.knots) - 1), to_scale
 
 
 class _SeparableProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, coordinates, splines, scale, normalize):  # noqa: ANN001, ANN205
-        num_knots, rank = splines.shape[2:]
-        product = coordinates.new_empty(*coordinates.shape[:2], rank)
-        for head, rows in _blocks(coordinates, rank):
-            head_scale = None if scale is None else scale[head]
-            basis, _, _ = _block_basis(coordinates[head, rows].t(), num_knots, head_scale, normalize)
-            factors = torch.bmm(basis, splines[head])  # (seed, tokens, rank)
+        product = coordinates.new_empty(*coordinates.shape[:2], splines.shape[3])
+        for head, rows, block in _blocks(coordinates, splines):
+            factors = block.fill(coordinates[head, rows], splines[head], _of_head(scale, head), normalize)
             while (count := factors.shape[0]) > 1:  # as _product_levels, keeping no level
                 half = count // 2
                 pairs = factors[:half].mul_(factors[half : 2 * half])
@@ -177,25 +219,19 @@ class _SeparableProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):  # noqa: ANN001, ANN205
         coordinates, splines, scale, product = ctx.saved_tensors
-        num_knots, rank = splines.shape[2:]
         to_coordinates = torch.empty_like(coordinates)
         to_splines = torch.zeros_like(splines)
         to_scale = None if scale is None else torch.zeros_like(scale)
-        for head, rows in _blocks(coordinates, rank):
-            head_scale = None if scale is None else scale[head]
-            basis, distance, total = _block_basis(coordinates[head, rows].t(), num_knots, head_scale, ctx.normalize)
-            factors = torch.bmm(basis, splines[head])
+        for head, rows, block in _blocks(coordinates, splines):
+            head_scale = _of_head(scale, head)
+            factors = block.fill(coordinates[head, rows], splines[head], head_scale, ctx.normalize)
             to_factors = _factor_gradient(factors, product[head, rows], gradient[head, rows])  # (seed, tokens, rank)
-            to_splines[head].baddbmm_(basis.transpose(1, 2), to_factors)
-            to_basis = torch.bmm(to_factors, splines[head].transpose(1, 2))  # (seed, tokens, knots)
-            if ctx.normalize:  # through the division by the sum
-                to_basis -= (to_basis * basis).sum(-1, keepdim=True)
-                to_basis /= total
-            t = distance.abs() if scale is None else distance.abs() * head_scale.view(-1, 1, 1)
-            to_t = to_basis.mul_((0.5 - t).relu_().mul_(3.0).sub_(t.neg().add_(1.5).relu_()))
-            to_distance = (to_t * distance.sign()).sum(-1)  # (seed, tokens)
+            to_splines[head].baddbmm_(block.basis.transpose(1, 2), to_factors)
+            to_coordinates[head, rows], of_scale = block.gradient(to_factors, splines[head], head_scale, ctx.normalize)
             if scale is not None:
-                to_scale[head] += (to_t * distance.abs()).sum((-1, -2))
-                to_distance *= head_scale.unsqueeze(-1)
-            to_coordinates[head, rows] = to_distance.t() * (num_knots - 1)
+                to_scale[head] += of_scale
         return to_coordinates, to_splines, to_scale, None
+
+
+def _of_head(scale: Tensor | None, head: int) -> Tensor | None:
+    return None if scale is None else scale[head]

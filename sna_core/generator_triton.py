@@ -60,7 +60,7 @@ def _basis(
 ):
     """The basis at z (tokens,), the distances to the knots, these scaled, all (tokens, knots), and what normalises.
 
-    ``generator._block_basis``, with columns that pad the knots, where the basis is zero, but not divided by its sum: of
+    ``generator._Block``'s, with columns that pad the knots, where the basis is zero, but not divided by its sum: of
     that there is the inverse (tokens, 1). The sum is that of the rounded basis, so that where the splines are nearly
     constant, as at the start, rounding the basis changes nothing.
     """
