@@ -56,15 +56,10 @@ def local_sum(
             f"factors have shape {tuple(factors.shape)}; expected ({num_inputs}, {spline.num_basis}, ...), the "
             "coefficients of each input's spline."
         )
-    if x.shape[-1:] != (num_inputs,):
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {num_inputs}), a column for each input.")
-    if x.dtype != factors.dtype:
-        raise ValueError(f"x is {x.dtype} and the factors are {factors.dtype}; convert with x.to({factors.dtype}).")
     if not isinstance(derivative, int) or derivative < 0:
         raise ValueError(f"derivative = {derivative!r}; expected an integer of at least 0.")
+    check_points(x, splines, factors.dtype, inside=check)
     low = x.new_tensor([s.low for s in splines])
-    if check:
-        check_inside(x, low, x.new_tensor([s.high for s in splines]), num_inputs)
     width = x.new_tensor([s.high - s.low for s in splines])
     columns = x.reshape(-1, num_inputs).mT.contiguous()  # (num_inputs, points)
     sums = _evaluate(
@@ -77,6 +72,18 @@ def local_sum(
         derivative,
     )
     return sums.view(num_inputs, *x.shape[:-1], *factors.shape[2:])
+
+
+def check_points(x: Tensor, splines: Sequence[UniformBSpline], dtype: torch.dtype, *, inside: bool = True) -> None:
+    """Raises a ``ValueError`` unless x (..., num_inputs) has a column of ``dtype`` for each spline, in its interval."""
+    num_inputs = len(splines)
+    if x.shape[-1:] != (num_inputs,):
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {num_inputs}), a column for each input.")
+    if x.dtype != dtype:
+        raise ValueError(f"x is {x.dtype} and the factors are {dtype}; convert with x.to({dtype}).")
+    if inside:
+        low, high = (x.new_tensor([getattr(s, end) for s in splines]) for end in ("low", "high"))
+        check_inside(x, low, high, num_inputs)
 
 
 def local_sum_reference(

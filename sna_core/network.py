@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sna_core.bspline import UniformBSpline
-from sna_core.local_sum import local_sum
+from sna_core.local_sum import check_points, local_sum
 
+BLOCK_NUMEL = 2**20  # values of functions of one input at one time on a CPU, which its cache holds
 ACTIVATIONS = {
     "exp": torch.exp,
     "gelu": F.gelu,
@@ -117,7 +118,17 @@ class CPNetwork(nn.Module):
         Raises:
             ValueError: If a point is NaN or outside its interval, or x has another width or dtype than the network.
         """
-        components = pairwise_product(self.subatoms(x, check=check))  # (..., num_outputs or 1, rank)
+        check_points(x, self.splines, self.factors.dtype, inside=check)
+        points = x.reshape(-1, self.num_inputs)
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            return self._evaluate(points).view(*x.shape[:-1], self.num_outputs)
+        size = max(1, BLOCK_NUMEL // self.factors[:, 0].numel())
+        parts = [self._evaluate(part) for part in points.split(size)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], self.num_outputs)
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        """Values at points (points, num_inputs) that are known to lie inside: (points, num_outputs)."""
+        components = pairwise_product(self.subatoms(x, check=False))  # (points, num_outputs or 1, rank)
         if self.weights is None:
             total = components.sum(-1)
         elif self.factors.shape[2] == 1:

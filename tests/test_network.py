@@ -264,3 +264,25 @@ def test_points_outside_raise(row, column, value, message):
 def test_bad_arguments_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_blocks_of_points_change_neither_values_nor_gradients_nor_errors(monkeypatch):
+    network = CPNetwork(3, 2, rank=4, num_cells=5, dtype=torch.float64)
+    x = torch.rand(5, 7, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 7, 2, dtype=torch.float64)
+    whole = network(x)
+    expected = torch.autograd.grad((whole * weight).sum(), [x, *network.parameters()])
+    monkeypatch.setattr("sna_core.network.BLOCK_NUMEL", 4 * 3 * 2 * 4)  # four points
+    parts, rows = [], network._evaluate
+    monkeypatch.setattr(network, "_evaluate", lambda points: parts.append(len(points)) or rows(points))
+    blocks = network(x)
+    assert parts == [4] * 8 + [3]
+    torch.testing.assert_close(blocks, whole)
+    found = torch.autograd.grad((blocks * weight).sum(), [x, *network.parameters()])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    outside = x.detach().clone()
+    outside[4, 2, 1] = 1.5
+    with pytest.raises(ValueError, match=r"x\[4, 2, 1\] = 1.5 lies outside input 1's interval"):
+        network(outside)
+    assert network(x[:0]).shape == (0, 7, 2)
