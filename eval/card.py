@@ -251,7 +251,8 @@ Another model than the one above: of the same body, with a vocabulary of 65,536 
 digits. {first[0]["steps"]:,} steps each; every head with the same learning rates to choose from, then the same
 {len(first)} seeds (mean ± standard deviation). Marginal entropy \
 {value(heads, "references.marginal_entropy", "{:.3f}")} nat, persistence nRMSE \
-{value(heads, "references.persistence_nrmse", "{:.3f}")}.
+{value(heads, "references.persistence_nrmse", "{:.3f}")}. A head whose loss is above the marginal entropy
+has learned nothing from its input yet: this compares how soon heads learn, not how well in the end.
 
 | head | parameters | learning rate | validation loss [nat/token] | teacher-forced nRMSE | seconds, on a busy machine |
 |---|---|---|---|---|---|
