@@ -240,22 +240,24 @@ def _heads_section(heads: Record | None) -> str:
         return ""
     rows = [
         f"| {arm} | {each['num_parameters']:,} | {each['best']} | {_with_spread(each['loss'], '.3f')} "
-        f"| {_with_spread(each['nrmse'], '.3f')} | {each['seconds']['mean']:,.0f} |"
+        f"| {_with_spread(each['nrmse'], '.3f')} |"
         for arm, each in heads["arms"].items()
     ]
     first = next(iter(heads["arms"].values()))["runs"]
+    flags = dict(zip(heads["flags"][::2], heads["flags"][1::2], strict=True))
+    levels = f"{2 ** int(bits):,}" if (bits := flags.get("--tokenizer.num_bits")) else MISSING
     return f"""
 ## Heads
 
-Another model than the one above: of the same body, with a vocabulary of 65,536 levels, whose head is dense or goes by
+Another model than the one above: of the same body, with a vocabulary of {levels} levels, whose head is dense or goes by
 digits. {first[0]["steps"]:,} steps each; every head with the same learning rates to choose from, then the same
 {len(first)} seeds (mean ± standard deviation). Marginal entropy \
 {value(heads, "references.marginal_entropy", "{:.3f}")} nat, persistence nRMSE \
 {value(heads, "references.persistence_nrmse", "{:.3f}")}. A head whose loss is above the marginal entropy
 has learned nothing from its input yet: this compares how soon heads learn, not how well in the end.
 
-| head | parameters | learning rate | validation loss [nat/token] | teacher-forced nRMSE | seconds, on a busy machine |
-|---|---|---|---|---|---|
+| head | parameters | learning rate | validation loss [nat/token] | teacher-forced nRMSE |
+|---|---|---|---|---|
 {chr(10).join(rows)}
 
 `{value(heads, "provenance.command")}`, commit {_commit(heads["provenance"])}.

@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.generation import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -213,7 +213,7 @@ class Decoder:
     def _can_be_captured(self) -> bool:
         """Whether a step asks nothing of the device: masks of our own, a table, fixed rotations, one device."""
         embedding, rotary = self.decoder.embed_tokens, self.decoder.rotary_emb
-        is_table = isinstance(embedding, nn.Embedding) or getattr(embedding, "_baked", None) is not None
+        is_table = getattr(embedding, "is_baked", True)  # nn.Embedding is one anyway
         is_fixed = getattr(rotary, "rope_type", "default") not in ("dynamic", "longrope")
         spread = len({p.device for p in self.model.parameters()}) > 1
         return self.takes_masks and is_table and is_fixed and not spread
@@ -351,9 +351,7 @@ class _Graphs:
 
     def _pointers(self) -> list[Tensor]:
         """What graphs hold the addresses of, a baked table included; kept, so that these stay theirs."""
-        decoder = self.decoder.decoder
-        baked = getattr(decoder.embed_tokens, "_baked", None)
-        return [*self.decoder.model.parameters(), *([] if baked is None else [baked[1]])]
+        return [*self.decoder.model.parameters(), self.decoder.decoder.embed_tokens.weight]
 
     def fit(self, rows: int, length: int) -> bool:
         """Whether prefixes of this shape can be decoded, with the weights that were captured."""

@@ -145,6 +145,11 @@ class _GeneratedEmbedding(nn.Module):
         table = self._baked_table()
         return self.materialize() if table is None else table
 
+    @property
+    def is_baked(self) -> bool:
+        """Whether the next lookup reads a baked table."""
+        return self._baked_table() is not None
+
     def bake(self) -> Self:
         """Generates the table now, for all lookups in ``eval()`` without gradients until a parameter changes.
 

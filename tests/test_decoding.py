@@ -73,6 +73,7 @@ def test_the_step_of_the_cuda_graphs_equals_the_plain_loop(sampling, monkeypatch
     monkeypatch.setattr(_Graphs, "capture", lambda graphs, end: Replayed(graphs, end))
     monkeypatch.setattr("leviathan.decoding_leviathan.GRAPH_TOKENS", 6)
     stepping = decoder("grouped-query", sampling)
+    stepping.decoder.embed_tokens.bake()
     for rows in (ROWS, ROWS, ROWS - 2):  # on buffers that hold the one before, the last in fewer rows
         prefix, uniform = (each[:rows] for each in inputs())
         assert torch.equal(stepping.by_graphs(prefix, uniform), stepping.without_cache(prefix, uniform))

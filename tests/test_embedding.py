@@ -322,7 +322,7 @@ def test_copies_and_pickles_carry_no_table(make):
         embedding.bake()
         next(embedding.parameters()).mul_(1.1)
         for copied in (copy.deepcopy(embedding), pickle.loads(pickle.dumps(embedding))):
-            assert copied._baked is None
+            assert not copied.is_baked
             torch.testing.assert_close(copied(ids), embedding.generate(ids))
 
 
@@ -350,10 +350,10 @@ def test_what_is_learned_is_never_looked_up(make):
     assert embedding(ids).requires_grad
     assert embedding.table().requires_grad
     embedding.train()
-    assert embedding._baked is None
+    assert not embedding.is_baked
     embedding.eval().requires_grad_(False)
     assert not embedding.bake()(ids).requires_grad
-    assert embedding.unbake()._baked is None
+    assert not embedding.unbake().is_baked
 
 
 @embeddings

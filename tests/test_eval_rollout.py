@@ -229,7 +229,8 @@ def test_the_card_shows_what_was_measured_of_heads_and_speed(results):
     scored = {"mean": 8.1234, "standard_deviation": 0.0567}
     arm = {"num_parameters": 1234567, "best": "2e-3", "runs": [run] * 3, "loss": scored, "nrmse": scored}
     heads = {
-        "arms": {"digits": arm | {"seconds": {"mean": 99.0}}},
+        "arms": {"digits": arm},
+        "flags": ["--tokenizer.num_bits", "12", "--tokenizer.base", "64"],
         "references": {"marginal_entropy": 9.25, "persistence_nrmse": 0.33},
         "provenance": {"command": "python -m eval.study --seeds 0", "commit": "abc"},
     }
@@ -243,7 +244,8 @@ def test_the_card_shows_what_was_measured_of_heads_and_speed(results):
         "provenance": {"command": "python -m eval.speed", "commit": "abc", "hardware": {"threads": 2}},
     }
     text = card.model_card(results, TRAINING, speed, heads)
-    assert "| digits | 1,234,567 | 2e-3 | 8.123 ± 0.057 | 8.123 ± 0.057 | 99 |" in text
+    assert "| digits | 1,234,567 | 2e-3 | 8.123 ± 0.057 | 8.123 ± 0.057 |" in text
+    assert "4,096 levels" in text
     assert "| embedding: forward | slow 2, fast 0.5 s | 4 (3.5 to 4.5) | at least 5: not reached |" in text
     assert "- rollout: no such device" in text
     assert text.replace("## Heads", "").count("## ") == card.model_card(results, TRAINING, speed).count("## ")

@@ -386,10 +386,10 @@ def test_evaluation_becomes_a_lookup_and_training_does_not():
     embedding = model.get_input_embeddings()
     with torch.no_grad():
         expected = model(ids).logits
-        assert embedding._baked is not None  # as many rows as the table has
+        assert embedding.is_baked  # as many rows as the table has
         torch.testing.assert_close(model(ids).logits, expected)
     model.train()(ids, labels=ids).loss.backward()
-    assert embedding._baked is None
+    assert not embedding.is_baked
     assert embedding.splines.grad is not None
 
 
