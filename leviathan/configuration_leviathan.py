@@ -19,7 +19,10 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from sna_core.embedding import VARIANTS, LowRankEmbedding, SeparableEmbedding, digit_layout
+from sna_core.digits import digit_layout
+from sna_core.embedding import VARIANTS, CodebookEmbedding, LowRankEmbedding, SeparableEmbedding
+
+EMBEDDINGS = {"separable": SeparableEmbedding, "codebook": CodebookEmbedding, "low_rank": LowRankEmbedding}
 
 
 # trf-ignore: TRF057 -- the generated text names a released checkpoint, and there is none; the docstring is our own.
@@ -30,15 +33,18 @@ class LeviathanConfig(PreTrainedConfig):
     Backbone fields carry transformers' names and meanings. The rest:
 
     Args:
-        embedding_type: ``"separable"`` (generated from the digits of the id), ``"low_rank"`` (a factorised lookup) or
-            ``"lookup"`` (a table).
+        embedding_type: ``"separable"`` (generated from the digits of the id), ``"codebook"`` (a sum of rows that the
+            digits choose), ``"low_rank"`` (a factorised lookup) or ``"lookup"`` (a table).
         embedding_base, embedding_num_digits: Digits of an id; what is left None is completed so that the digits number
             the vocabulary.
         embedding_seed_dim, embedding_num_heads, embedding_num_knots, embedding_rank, embedding_variant,
         embedding_low_digit, embedding_normalize_basis, embedding_trainable_knot_scale, embedding_sigmoid_divisor,
-        embedding_seed_bias, embedding_residual: Arguments of [`sna_core.SeparableEmbedding`] (`embedding_rank` also of
-            [`sna_core.LowRankEmbedding`]); None takes its default. What is left None is stored completed, so that a
-            checkpoint means the same when a default changes.
+        embedding_seed_bias, embedding_residual: Arguments of [`sna_core.SeparableEmbedding`] (`embedding_low_digit`
+            also of [`sna_core.CodebookEmbedding`], `embedding_rank` of [`sna_core.LowRankEmbedding`]); None takes its
+            default. What is left None is stored completed, so that a checkpoint means the same when a default changes.
+        embedding_ordered: Whether digits are those of a position that each token has, not of its id: the embedding then
+            has [`~sna_core.digit_embedding.DigitEmbedding.set_token_order`], and the order is saved with the weights.
+            Lookups, factorised or not, have no digits to order.
         embedding_max_chunk_tokens: Argument of [`sna_core.SeparableEmbedding`] that bounds its memory.
         output_head: ``"dense"`` (a logit for each id) or ``"digits"`` ([`sna_core.DigitHead`]: the digits of the id one
             after the other, which costs no product of tokens with the vocabulary in training).
@@ -95,7 +101,7 @@ class LeviathanConfig(PreTrainedConfig):
     attention_dropout: int | float | None = 0.0
     mlp_bias: bool = False
 
-    embedding_type: Literal["separable", "low_rank", "lookup"] = "separable"
+    embedding_type: Literal["separable", "codebook", "low_rank", "lookup"] = "separable"
     embedding_base: int | None = None
     embedding_num_digits: int | None = None
     embedding_seed_dim: int | None = None
@@ -104,6 +110,7 @@ class LeviathanConfig(PreTrainedConfig):
     embedding_rank: int | None = None
     embedding_variant: Literal["lev", "v1"] | None = None
     embedding_low_digit: Literal["plain", "reflected"] | None = None
+    embedding_ordered: bool | None = None
     embedding_normalize_basis: bool | None = None
     embedding_trainable_knot_scale: bool | None = None
     embedding_sigmoid_divisor: float | None = None
@@ -122,14 +129,14 @@ class LeviathanConfig(PreTrainedConfig):
         for name, default in self._embedding_defaults().items():
             if getattr(self, f"embedding_{name}") is None:
                 setattr(self, f"embedding_{name}", default)
-        if self.embedding_type == "separable":
+        if self.embedding_type in ("separable", "codebook"):
             self.embedding_base, self.embedding_num_digits = digit_layout(
                 self.vocab_size, self.embedding_base, self.embedding_num_digits
             )
         super().__post_init__(**kwargs)
 
     def _embedding_defaults(self) -> dict[str, Any]:
-        embedding = {"separable": SeparableEmbedding, "low_rank": LowRankEmbedding}.get(self.embedding_type)
+        embedding = EMBEDDINGS.get(self.embedding_type)
         if embedding is None:
             return {}
         defaults = {name: parameter.default for name, parameter in inspect.signature(embedding).parameters.items()}

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
@@ -43,30 +44,25 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from sna_core.digit_embedding import DigitEmbedding
 from sna_core.digit_head import DigitHead
-from sna_core.embedding import LowRankEmbedding, SeparableEmbedding
+from sna_core.generated_embedding import GeneratedEmbedding
 
 from .attention_leviathan import PREFIX_SDPA, needs_no_mask
-from .configuration_leviathan import LeviathanConfig
+from .configuration_leviathan import EMBEDDINGS, LeviathanConfig
 from .loss_leviathan import TableHead, chunked_loss, cross_entropy_of, fused_cross_entropy, is_plain
 from .masking_leviathan import create_prefix_mask, prefix_blocks, prefix_token_types
 
 
 def build_embedding(config: LeviathanConfig) -> nn.Module:
     """The token embedding that ``config`` describes."""
-    # CODEPATH: "lookup" and "low_rank" are the dense and the factorised baseline; "separable" is Leviathan.
+    # CODEPATH: "separable" is Leviathan; the others are its controls: a table, factorised, or of digits alone.
     if config.embedding_type == "lookup":
         return nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-    options = {
-        name.removeprefix("embedding_"): value
-        for name, value in vars(config).items()
-        if name.startswith("embedding_") and name != "embedding_type" and value is not None
-    }
-    # CODEPATH: the factorised baseline takes the rank alone.
-    if config.embedding_type == "low_rank":
-        options = {name: value for name, value in options.items() if name == "rank"}
-        return LowRankEmbedding(config.vocab_size, config.hidden_size, **options)
-    return SeparableEmbedding(config.vocab_size, config.hidden_size, **options)
+    embedding = EMBEDDINGS[config.embedding_type]
+    given = {name: getattr(config, f"embedding_{name}", None) for name in inspect.signature(embedding).parameters}
+    options = {name: value for name, value in given.items() if value is not None}
+    return embedding(config.vocab_size, config.hidden_size, **options)
 
 
 @auto_docstring
@@ -88,8 +84,10 @@ class LeviathanPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (SeparableEmbedding, LowRankEmbedding)):
+        if isinstance(module, GeneratedEmbedding):
             module.reset_parameters()
+            if isinstance(module, DigitEmbedding) and module.token_order is not None:
+                init.copy_(module.token_order, torch.arange(module.num_embeddings))  # where no checkpoint has it
         elif isinstance(module, DigitHead):
             module.reset_parameters(self.config.initializer_range)
 
@@ -119,7 +117,7 @@ class LeviathanPreTrainedModel(PreTrainedModel):
         else:
             embedding.resize(size)
         self.config.vocab_size = size
-        if isinstance(embedding, SeparableEmbedding):
+        if isinstance(embedding, DigitEmbedding):
             self.config.embedding_num_digits = embedding.num_digits
         return self.get_input_embeddings()
 

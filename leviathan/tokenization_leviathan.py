@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 
-from sna_core.embedding import digit_layout
+from sna_core.digits import digit_layout
 
 Fields = np.ndarray | torch.Tensor
 

@@ -5,7 +5,14 @@ Imports torch alone, and Triton for its kernels where there is one.
 
 from sna_core.bspline import UniformBSpline
 from sna_core.digit_head import DigitHead
-from sna_core.embedding import LowRankEmbedding, SeparableEmbedding
+from sna_core.embedding import CodebookEmbedding, LowRankEmbedding, SeparableEmbedding
 from sna_core.network import CPNetwork
 
-__all__ = ["CPNetwork", "DigitHead", "LowRankEmbedding", "SeparableEmbedding", "UniformBSpline"]
+__all__ = [
+    "CPNetwork",
+    "CodebookEmbedding",
+    "DigitHead",
+    "LowRankEmbedding",
+    "SeparableEmbedding",
+    "UniformBSpline",
+]

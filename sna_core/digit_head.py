@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sna_core.embedding import digit_layout, product_dtype, to_digits, without_autocast
+from sna_core.digits import digit_layout, to_digits
+from sna_core.generated_embedding import product_dtype, without_autocast
 
 
 class DigitHead(nn.Module):
@@ -47,7 +48,7 @@ class DigitHead(nn.Module):
     Args:
         hidden_size: Size of a hidden state, D.
         num_embeddings: Number of ids, V.
-        base: Base b of the digits; see :func:`sna_core.embedding.digit_layout` for what None means.
+        base: Base b of the digits; see :func:`sna_core.digits.digit_layout` for what None means.
         num_digits: Number of digits, k.
         rank: Number of components of each later digit, R.
         device: Of the parameters.

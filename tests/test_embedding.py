@@ -1,14 +1,10 @@
 import copy
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sna_core import LowRankEmbedding, SeparableEmbedding
-from sna_core.embedding import digit_layout, to_digits
+from sna_core import CodebookEmbedding, LowRankEmbedding, SeparableEmbedding
 from sna_core.generator import separable_product, separable_product_reference, uniform_spline_basis
 
 OPTIONS = [
@@ -205,169 +201,6 @@ def test_meta_device():
     assert embedding.weight.shape == (65_536, 64)
 
 
-EMBEDDINGS = {"separable": small, "low_rank": lambda: LowRankEmbedding(300, 10, rank=4)}
-embeddings = pytest.mark.parametrize("make", EMBEDDINGS.values(), ids=EMBEDDINGS.keys())
-
-
-def counted(embedding, monkeypatch):
-    """The numbers of rows that each call generates."""
-    rows, generate = [], embedding.generate
-    monkeypatch.setattr(embedding, "generate", lambda ids: rows.append(ids.numel()) or generate(ids))
-    return rows
-
-
-@embeddings
-def test_a_baked_table_is_a_lookup(make, monkeypatch):
-    embedding = make().eval()
-    rows, ids = counted(embedding, monkeypatch), torch.randint(0, 300, (4, 9))
-    with torch.no_grad():
-        expected = embedding(ids)
-        assert embedding.bake() is embedding
-        del rows[:]
-        torch.testing.assert_close(embedding(ids), expected)
-        assert torch.equal(embedding(ids), F.embedding(ids, embedding.weight))
-        assert torch.equal(embedding(ids.int()), embedding(ids))
-        assert torch.equal(embedding.table(), embedding.weight)
-        assert torch.equal(embedding.materialize(), embedding.weight)
-        assert embedding.materialize() is not embedding.weight
-    assert rows == []
-    assert not any(value.shape == (300, 10) for value in embedding.state_dict().values())
-    with torch.no_grad(), pytest.raises(IndexError):
-        embedding(torch.tensor([300]))
-    with torch.no_grad(), pytest.raises(ValueError, match="expected integers"):
-        embedding(torch.zeros(3))
-
-
-@embeddings
-def test_it_bakes_when_as_many_rows_were_generated_as_the_table_has(make, monkeypatch):
-    embedding = make().eval()
-    rows = counted(embedding, monkeypatch)
-    with torch.no_grad():
-        for _ in range(5):
-            embedding(torch.randperm(300)[:70])
-        assert rows == [70, 70, 70, 70, 300]  # the fifth would be beyond it
-        embedding(torch.randperm(300)[:70])
-    assert len(rows) == 5
-
-
-@embeddings
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda e: next(e.parameters()).mul_(1.1),
-        lambda e: e.load_state_dict({name: value * 1.1 for name, value in e.state_dict().items()}),
-        lambda e: setattr(e, next(iter(e._parameters)), torch.nn.Parameter(next(e.parameters()) * 1.1)),
-        lambda e: e.resize(350),
-        lambda e: e.to(torch.bfloat16),
-        lambda e: [next(e.train().parameters()).data.mul_(1.1), e.eval()],  # unseen by version counters
-        lambda e: setattr(next(e.parameters()), "data", next(e.parameters()).data * 1.1),
-    ],
-    ids=["in place", "state dict", "replaced", "resized", "dtype", "through data, in training", "data swapped"],
-)
-def test_a_changed_weight_leaves_the_baked_table_behind(make, change):
-    embedding, ids = make().eval(), torch.arange(0, 300, 7)
-    with torch.no_grad():
-        before = embedding.bake()(ids)
-        change(embedding)
-        after = embedding(ids)
-        torch.testing.assert_close(after, embedding.generate(ids))
-        assert embedding.weight.shape[0] == embedding.num_embeddings
-        torch.testing.assert_close(embedding.bake()(ids), after)
-    assert after.dtype != before.dtype or embedding.num_embeddings != 300 or not torch.allclose(after, before)
-
-
-@embeddings
-@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
-def test_an_optimizer_step_leaves_the_baked_table_behind(make, options):
-    embedding, ids = make().eval(), torch.arange(20)
-    with torch.no_grad():
-        before = embedding.bake()(ids)
-    embedding(ids).sum().backward()
-    torch.optim.AdamW(embedding.parameters(), lr=0.1, **options).step()  # a fused one changes no version
-    with torch.no_grad():
-        torch.testing.assert_close(embedding(ids), embedding.generate(ids))
-        assert not torch.allclose(embedding(ids), before)
-
-
-@embeddings
-def test_weights_put_below_by_a_parametrization_are_watched_too(make):
-    embedding, ids = make().eval(), torch.arange(20)
-    name = next(iter(embedding._parameters))
-
-    class Scaled(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.ones((), dtype=embedding.weight.dtype))
-
-        def forward(self, weight):
-            return weight * self.scale
-
-    scaled = Scaled()
-    torch.nn.utils.parametrize.register_parametrization(embedding, name, scaled)
-    embedding.requires_grad_(False)
-    scaled.scale.requires_grad_(True)
-    embedding.bake()
-    assert embedding(ids).requires_grad  # what is learned is the scale alone
-    with torch.no_grad():
-        before = embedding.bake()(ids)
-        scaled.scale.mul_(1.5)
-        torch.testing.assert_close(embedding(ids), embedding.generate(ids))
-        assert not torch.allclose(embedding(ids), before)
-
-
-@embeddings
-def test_copies_and_pickles_carry_no_table(make):
-    embedding, ids = make().eval(), torch.arange(20)
-    with torch.no_grad():
-        embedding.bake()
-        next(embedding.parameters()).mul_(1.1)
-        for copied in (copy.deepcopy(embedding), pickle.loads(pickle.dumps(embedding))):
-            assert not copied.is_baked
-            torch.testing.assert_close(copied(ids), embedding.generate(ids))
-
-
-def test_a_table_baked_under_autocast_is_exact():
-    embedding, ids = EMBEDDINGS["low_rank"]().eval(), torch.arange(20)
-    with torch.no_grad():
-        expected = embedding(ids)
-        with torch.autocast("cpu", torch.bfloat16):
-            embedding.bake()
-        torch.testing.assert_close(embedding(ids), expected)
-
-
-def test_reading_the_weight_keeps_the_table():
-    embedding = small().eval().bake()
-    table = embedding.weight
-    assert embedding.weight is table
-
-
-@embeddings
-def test_what_is_learned_is_never_looked_up(make):
-    embedding, ids = make(), torch.arange(5)
-    with pytest.raises(RuntimeError, match="call eval"):
-        embedding.bake()
-    embedding.eval().bake()
-    assert embedding(ids).requires_grad
-    assert embedding.table().requires_grad
-    embedding.train()
-    assert not embedding.is_baked
-    embedding.eval().requires_grad_(False)
-    assert not embedding.bake()(ids).requires_grad
-    assert not embedding.unbake().is_baked
-
-
-@embeddings
-def test_baking_under_inference_mode_serves_later_gradients(make):
-    embedding = make().eval()
-    with torch.inference_mode():
-        embedding.bake()
-        expected = embedding(torch.arange(6))
-    embedding.requires_grad_(False)
-    scale = torch.ones((), dtype=expected.dtype, requires_grad=True)
-    (embedding(torch.arange(6)) * scale).sum().backward()
-    torch.testing.assert_close(scale.grad, expected.sum())
-
-
 @pytest.mark.parametrize("size", [1, 7, 40, 64])
 def test_chunks_change_neither_values_nor_gradients(size, monkeypatch):
     whole = small()
@@ -388,52 +221,6 @@ def test_chunks_change_neither_values_nor_gradients(size, monkeypatch):
         small(max_chunk_tokens=0)
 
 
-@given(st.integers(1, 300_000), st.integers(1, 4))
-def test_digit_layout_is_the_least_base_that_suffices(num_embeddings, num_digits):
-    base, digits = digit_layout(num_embeddings, num_digits=num_digits)
-    assert digits == num_digits
-    assert base**digits >= num_embeddings
-    assert base == 2 or (base - 1) ** digits < num_embeddings
-
-
-def test_default_layouts_are_the_published_ones():
-    assert digit_layout(65_536) == (256, 2)
-    assert digit_layout(200_376) == (59, 3)
-    assert digit_layout(200, base=10) == (10, 3)
-
-
-@given(st.integers(2, 20), st.integers(1, 4), st.booleans())
-def test_digits_number_the_ids(base, num_digits, reflected):
-    ids = torch.arange(min(base**num_digits, 5000))
-    digits = to_digits(ids, base, num_digits, reflected)
-    assert digits.min() >= 0
-    assert digits.max() < base
-    assert len({tuple(row) for row in digits.tolist()}) == len(ids)
-    if reflected:
-        assert ((digits[1:] - digits[:-1]).abs().sum(-1) == 1).all()  # neighbours stay neighbours at carries
-    else:
-        powers = base ** torch.arange(num_digits - 1, -1, -1)
-        assert ((digits * powers).sum(-1) == ids).all()
-
-
-def test_reflected_low_digit_runs_backwards_under_an_odd_high_digit():
-    plain, reflected = (to_digits(torch.tensor([0x00FF, 0x0100]), 256, 2, r).tolist() for r in (False, True))
-    assert plain == [[0, 255], [1, 0]]
-    assert reflected == [[0, 255], [1, 255]]
-
-
-@pytest.mark.parametrize("size", [100, 300, 343, 344, 3000])
-def test_resize_keeps_the_embeddings_that_remain(size):
-    embedding = small(base=7)  # 343 ids fit three digits
-    before = embedding.materialize()
-    embedding.resize(size)
-    after = embedding.materialize()
-    assert after.shape == (size, 10)
-    kept = min(size, 300)
-    torch.testing.assert_close(after[:kept], before[:kept])
-    assert (after.unsqueeze(0) - after.unsqueeze(1)).abs().sum(-1)[:50, :50].fill_diagonal_(1).min() > 0
-
-
 def test_low_rank_is_its_product_and_resizes():
     embedding = LowRankEmbedding(300, 20, rank=4)
     torch.testing.assert_close(embedding.weight, (embedding.factor @ embedding.projection).detach())
@@ -443,6 +230,25 @@ def test_low_rank_is_its_product_and_resizes():
     embedding.resize(310)
     torch.testing.assert_close(embedding.weight[:300], before)
     assert LowRankEmbedding(5000, 64, rank=16).weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(("num_embeddings", "layout"), [(4096, (64, 2)), (27, (3, 3)), (8, (2, 3))])
+def test_a_codebook_embedding_is_a_sum_of_rows(num_embeddings, layout):
+    base, num_digits = layout
+    embedding = CodebookEmbedding(num_embeddings, 6, base, num_digits, dtype=torch.float64)
+    assert [tuple(p.shape) for p in embedding.parameters()] == [(num_digits, base, 6)]
+    ids = torch.arange(num_embeddings)
+    rows = [embedding.codebooks[q, ids // base ** (num_digits - 1 - q) % base] for q in range(num_digits)]
+    torch.testing.assert_close(embedding(ids), sum(rows))
+    grid = embedding.table().view(*[base] * num_digits, 6)  # additive: mixed differences vanish
+    mixed = grid[1:, 1:] - grid[1:, :-1] - grid[:-1, 1:] + grid[:-1, :-1]
+    torch.testing.assert_close(mixed, torch.zeros_like(mixed))
+
+
+@pytest.mark.parametrize("num_digits", [1, 2, 3])
+def test_a_codebook_embedding_starts_with_the_spread_of_a_lookup(num_digits):
+    embedding = CodebookEmbedding(5000, 512, num_digits=num_digits)
+    assert embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_state_dict_round_trip():
@@ -481,6 +287,10 @@ def test_bad_ids():
         SeparableEmbedding(0, 10)
     with pytest.raises(ValueError, match="rank = 0"):
         LowRankEmbedding(10, 10, rank=0)
+    with pytest.raises(ValueError, match="embedding_dim = 0"):
+        CodebookEmbedding(10, 0)
+    with pytest.raises(ValueError, match="2 digits of base 3 number 9 ids"):
+        CodebookEmbedding(10, 10, base=3, num_digits=2)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 
 from leviathan import LeviathanConfig, LeviathanForCausalLM, LeviathanModel
 from leviathan.masking_leviathan import prefix_blocks
-from sna_core import SeparableEmbedding
+from sna_core import CodebookEmbedding, SeparableEmbedding
 
 VOCAB, PREFIX, TARGET = 48, 5, 4
 
@@ -45,14 +45,20 @@ def tiny(attn_implementation=None, **options) -> LeviathanForCausalLM:
 
 @torch.no_grad()
 def spread_embeddings(embedding):
-    """Gives every id an embedding of its own; at their initial values generated ones are nearly alike."""
+    """Gives every id an embedding of its own; at their initial values generated ones are nearly alike.
+
+    Tokens that have an order get a random one with gaps.
+    """
+    if getattr(embedding, "token_order", None) is not None:
+        embedding.set_token_order(torch.randperm(embedding.base**embedding.num_digits)[: embedding.num_embeddings])
     if isinstance(embedding, SeparableEmbedding):
         embedding.splines.normal_()  # factors of both signs: a product without a mean
         embedding.norm_weight.fill_(3.0)
         if embedding.residual_weight is not None:
             embedding.residual_weight.mul_(0.05)  # linear in positive coordinates: mostly a mean
     scale = 1 / embedding.weight.std(0).mean()
-    for name in ("out_weight", "residual_weight", "projection", "weight"):
+    linear = ("codebooks",) if isinstance(embedding, CodebookEmbedding) else ("out_weight", "residual_weight")
+    for name in (*linear, "projection", "weight"):
         if isinstance(parameter := embedding._parameters.get(name), torch.nn.Parameter):
             parameter.mul_(scale)
 
@@ -77,6 +83,9 @@ KINDS = {
         "embedding_base": 7,
         "embedding_num_digits": 2,
     },
+    "codebook": {"embedding_type": "codebook"},
+    "codebook-ordered-tied": {"embedding_type": "codebook", "embedding_ordered": True, "tie_word_embeddings": True},
+    "ordered": {"embedding_ordered": True},
     "v1-reflected": {"embedding_variant": "v1", "embedding_low_digit": "reflected"},
 }
 kinds = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
@@ -237,6 +246,28 @@ def test_meta_device_loading(options, tmp_path):
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_order_is_loaded_whole_in_half_precision(dtype, tmp_path):
+    model = LeviathanForCausalLM(tiny_config(vocab_size=5000, embedding_base=80, embedding_ordered=True))
+    order = torch.randperm(6400)[:5000]  # numbers that no half knows
+    model.get_input_embeddings().set_token_order(order)
+    model.save_pretrained(tmp_path)
+    loaded = LeviathanForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.dtype == dtype
+    assert loaded.get_input_embeddings().token_order.dtype == torch.int64
+    assert torch.equal(loaded.get_input_embeddings().token_order, order)
+
+
+@pytest.mark.parametrize("kind", ["ordered", "codebook-ordered-tied"])
+def test_an_order_that_a_checkpoint_lacks_is_the_ids(kind, tmp_path):
+    plain = tiny(**KINDS[kind] | {"embedding_ordered": False})
+    plain.save_pretrained(tmp_path)
+    loaded, info = LeviathanForCausalLM.from_pretrained(tmp_path, embedding_ordered=True, output_loading_info=True)
+    assert info["missing_keys"] == {"model.embed_tokens.token_order"}
+    assert torch.equal(loaded.get_input_embeddings().token_order, torch.arange(VOCAB))
+    torch.testing.assert_close(loaded(tokens()).logits, plain(tokens()).logits, rtol=0, atol=0)
+
+
 def test_initial_values_survive_post_init():
     splines = LeviathanForCausalLM(tiny_config(embedding_seed_dim=32, embedding_rank=16)).model.embed_tokens.splines
     assert splines.mean().item() == pytest.approx(1.0, abs=0.01)
@@ -393,8 +424,13 @@ def test_evaluation_becomes_a_lookup_and_training_does_not():
     assert embedding.splines.grad is not None
 
 
-def test_low_rank_has_a_default_rank():
+def test_each_embedding_has_its_defaults():
     assert LeviathanConfig(vocab_size=500, embedding_type="low_rank").embedding_rank == 64
+    codebook = LeviathanConfig(vocab_size=500, embedding_type="codebook", embedding_low_digit="reflected")
+    assert (codebook.embedding_base, codebook.embedding_num_digits, codebook.embedding_ordered) == (23, 2, False)
+    assert codebook.embedding_rank is None
+    model = tiny(embedding_type="codebook", embedding_low_digit="reflected")
+    assert model.get_input_embeddings().low_digit == "reflected"
 
 
 def test_config_is_typed_and_complete(tmp_path):
@@ -406,6 +442,7 @@ def test_config_is_typed_and_complete(tmp_path):
     assert stored["embedding_base"] == 256
     assert stored["embedding_low_digit"] == "plain"
     assert (stored["embedding_num_knots"], stored["embedding_seed_bias"]) == (16, False)
+    assert stored["embedding_ordered"] is False
     assert LeviathanConfig(vocab_size=65_536, embedding_variant="v1").embedding_num_knots == 32
     assert LeviathanConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
 
