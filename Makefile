@@ -9,9 +9,9 @@ LAUNCH := $(BIN)/accelerate launch --config_file training/configs/single_process
 FLOW := --num-grid 64 --num-snapshots 21 --k-tot 8 --viscosity 1e-3 --warm-up-time 0.05 --dt-save 0.016
 
 # accelerate launch gives a process one thread unless told otherwise.
-demo demo-short: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+demo demo-short text: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo demo-short heads speed card test lint
+.PHONY: demo demo-short text text-study heads speed card text-card test lint
 
 demo: .venv/.installed
 	$(BIN)/python -m training.turbulence --out runs/demo/data.hdf5 --num-trajectories 96 $(FLOW)
@@ -27,6 +27,34 @@ demo-short: .venv/.installed
 		--training.eval_steps 10 --training.output_dir runs/demo-short/model
 	$(BIN)/python -m eval.rollout --model runs/demo-short/model --data runs/demo-short/data.hdf5 \
 		--out runs/demo-short/results --num-trajectories 1 --num-steps 2 --samplings expectation
+
+# Text: TEXT is a folder with train, validation and test files (.jsonl, .jsonl.zst, .jsonl.gz, .parquet or .txt).
+TEXT ?= runs/text/data
+VOCABULARY ?= 8192
+TEXT_CONFIG := --config training/configs/text_tiny_cpu.yaml
+TEXT_DATA := --data.train "$(TEXT)/train*" --data.validation "$(TEXT)/validation*" --data.test "$(TEXT)/test*"
+
+text: runs/text/order.safetensors
+	$(BIN)/accelerate launch --config_file training/configs/single_process.yaml -m training.train $(TEXT_CONFIG) $(TEXT_DATA)
+	$(BIN)/python -m eval.language --model runs/text/model --data "$(TEXT)/test*" --out runs/text/results
+
+runs/text/tokenizer/tokenizer.json: | .venv/.installed
+	$(BIN)/python -m training.tokenizer --train "$(TEXT)/train*" --vocab-size $(VOCABULARY) --out runs/text/tokenizer
+
+runs/text/order.safetensors: runs/text/tokenizer/tokenizer.json
+	$(BIN)/python -m training.token_order $(TEXT_CONFIG) $(TEXT_DATA) --out $@
+
+runs/text/order_random.safetensors: runs/text/tokenizer/tokenizer.json
+	$(BIN)/python -m training.token_order $(TEXT_CONFIG) $(TEXT_DATA) --method random --out $@
+
+# All embeddings under one body (hours on two cores; ARMS="--only ..." trains a part of them beside another process).
+STEPS ?= 240
+text-study: runs/text/order.safetensors runs/text/order_random.safetensors
+	$(BIN)/python -m eval.study $(TEXT_CONFIG) --arms training/configs/text_arms.yaml $(ARMS) --out runs/text/study-$(STEPS) \
+		--tune training.embedding_learning_rate=3e-3,1e-2,3e-2 --seeds 0 1 2 $(TEXT_DATA) \
+		--training.max_steps $(STEPS) --training.warmup_steps $$(($(STEPS) / 20)) --training.eval_steps $$(($(STEPS) / 20)) \
+		--training.save_steps $(STEPS) --training.logging_steps $$(($(STEPS) / 4)) --training.disable_tqdm true \
+		--training.dataloader_num_workers 0 --data.num_validation_sequences 192
 
 # A dense head against one of digits, at 65,536 levels (an hour on two cores).
 heads: .venv/.installed
@@ -49,6 +77,13 @@ card: .venv/.installed
 	$(BIN)/python -m eval.card --results model_cards/leviathan/results.json \
 		--training model_cards/leviathan/training.json --heads model_cards/leviathan/heads.json \
 		--speed model_cards/leviathan/speed.json --out model_cards/leviathan.md
+
+# The same for text, from what text-study left.
+text-card: .venv/.installed
+	$(BIN)/python -m eval.language_study --study runs/text/study-$(STEPS) --data "$(TEXT)/test*" \
+		--draw separable_ordered_started separable_ordered separable lookup_untied lookup_tied lookup_untied_started \
+		--out model_cards/leviathan_text
+	$(BIN)/python -m eval.text_card --study model_cards/leviathan_text/language.json --out model_cards/leviathan_text.md
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --numprocesses 2

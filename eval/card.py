@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.metrics import PAPER_METRICS
+from training.provenance import write_text
 from training.turbulence import FlowSettings
 
 Record = Mapping[str, Any]
@@ -212,7 +213,7 @@ Rollout: {_speeds(results)}. Three principal components hold {share} the varianc
 ```
 
 Evaluated on {value(made, "hardware.processor")}, {value(made, "hardware.cores")} cores, accelerator \
-{made["hardware"].get("accelerator") or "none"}; {versions}; commit {_commit(made)}; {value(made, "date")}.
+{made["hardware"].get("accelerator") or "none"}; {versions}; commit {commit(made)}; {value(made, "date")}.
 """
 
 
@@ -230,7 +231,7 @@ def _training_section(training: Record | None) -> str:
         "teacher-forced nRMSE": value(validation, "nrmse", "{:.3f}"),
         "nRMSE of persistence, same pairs": value(training, "persistence_nrmse", "{:.3f}"),
         "hardware": value(training, "provenance.hardware.processor"),
-        "commit": _commit((training or {}).get("provenance")),
+        "commit": commit((training or {}).get("provenance")),
     }
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {entry} |" for name, entry in entries.items())
 
@@ -239,8 +240,8 @@ def _heads_section(heads: Record | None) -> str:
     if heads is None:
         return ""
     rows = [
-        f"| {arm} | {each['num_parameters']:,} | {each['best']} | {_with_spread(each['loss'], '.3f')} "
-        f"| {_with_spread(each['nrmse'], '.3f')} |"
+        f"| {arm} | {each['num_parameters']:,} | {each['best']} | {with_spread(each['loss'], '.3f')} "
+        f"| {with_spread(each['nrmse'], '.3f')} |"
         for arm, each in heads["arms"].items()
     ]
     first = next(iter(heads["arms"].values()))["runs"]
@@ -260,11 +261,12 @@ has learned nothing from its input yet: this compares how soon heads learn, not 
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-`{value(heads, "provenance.command")}`, commit {_commit(heads["provenance"])}.
+`{value(heads, "provenance.command")}`, commit {commit(heads["provenance"])}.
 """
 
 
-def _with_spread(score: Record, form: str) -> str:
+def with_spread(score: Record, form: str) -> str:
+    """Mean ± standard deviation."""
     return f"{score['mean']:{form}} ± {score['standard_deviation']:{form}}"
 
 
@@ -293,7 +295,7 @@ those of the ratio over repeats. Targets that name another device say nothing he
 |---|---|---|---|
 {chr(10).join(rows)}
 {chr(10).join(["", *missing, ""]) if missing else ""}
-`{value(speed, "provenance.command")}`, commit {_commit(speed["provenance"])}.
+`{value(speed, "provenance.command")}`, commit {commit(speed["provenance"])}.
 """
 
 
@@ -306,7 +308,8 @@ def _target(figure: Record) -> str:
     return f"{limit}: {told[figure['reached']]}"
 
 
-def _commit(made: Record | None) -> str:
+def commit(made: Record | None) -> str:
+    """The commit of a record's provenance, and whether files differed from it."""
     return value(made, "commit") + " with uncommitted changes" * bool(made and made.get("changed_since_commit"))
 
 
@@ -348,10 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for path in (args.results, args.training, args.speed, args.heads)
         ]
         card = model_card(*records)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.out.with_name(args.out.name + ".partial")
-        partial.write_text(card, encoding="utf-8")
-        partial.replace(args.out)
+        write_text(args.out, card)
     except KeyError as error:
         raise SystemExit(
             f"error: {args.results} has no entry {error}; write it with `python -m eval.rollout`"

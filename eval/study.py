@@ -1,27 +1,32 @@
-"""Compares trainings that differ in one setting, each tuned with the same budget and trained with the same seeds.
+"""Compares trainings that differ in some settings, each tuned with the same budget and trained with the same seeds.
 
     python -m eval.study --config training/configs/turbulence_tiny_cpu.yaml --compare model.output_head=dense,digits \
         --tune training.learning_rate=1e-3,2e-3,4e-3 --seeds 0 1 2 --out runs/head [--section.key value ...]
+    python -m eval.study --config training/configs/text_tiny_cpu.yaml --arms training/configs/text_arms.yaml ...
 
-Every arm (a value of --compare) is trained with every value of --tune and the first seed; the value with the least
-validation loss then gets the other seeds. Writes study.json and prints a table. Interrupted, it goes on where it
-stopped.
+Every arm (a value of --compare, or an entry of the file --arms) is trained with every value of --tune and the first
+seed; the value with the least validation loss then gets the other seeds. Writes study.json and prints a table.
+Interrupted, it goes on where it stopped; with --only, several processes train an arm or two each.
+
+In the file of arms each has a name and its settings (`model.embedding_type: lookup`); with `same_parameters_as: ARM`
+one size of its model, `vary` (see training.sizes), is chosen so that it has as many parameters as that arm.
 """
 
 import argparse
+import json
 import statistics
 from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from training.provenance import provenance, relative, write_json
-from training.settings import Settings, read_settings
+from training.settings import Settings, load_yaml, read_settings
+from training.sizes import count_parameters, match_parameters, model_options
 from training.train import allowed_keys, run
 
-REPORTED = ("loss", "nrmse")
+NO_METRICS = {"step", "epoch", "runtime", "samples_per_second", "steps_per_second"}  # in an entry of validation
+Arms = dict[str, list[str]]
 
 
 def parse_values(text: str) -> tuple[str, list[str]]:
@@ -36,99 +41,145 @@ def parse_values(text: str) -> tuple[str, list[str]]:
     return name, values.split(",")
 
 
+def read_arms(path: Path, config: Path, flags: Sequence[str]) -> Arms:
+    """The flags of every arm of a file.
+
+    Raises:
+        ValueError: If an entry is no mapping of settings, or is to match an arm that is not there.
+    """
+    content = load_yaml(path)
+    if not isinstance(content, dict) or not all(isinstance(arm, dict | None) for arm in content.values()):
+        raise ValueError(f"{path}: expected a name for each arm and below it settings, `section.key: value`.")
+    content = {name: dict(arm or {}) for name, arm in content.items()}
+    matched = {name: (arm.pop("same_parameters_as", None), arm.pop("vary", None)) for name, arm in content.items()}
+    arms: Arms = {
+        str(name): [word for key, value in arm.items() for word in (f"--{key}", json.dumps(value))]
+        for name, arm in content.items()
+    }
+    for name, (other, vary) in matched.items():
+        if other is None:
+            continue
+        if other not in arms:
+            raise ValueError(f"{path}: {name} is to match {other!r}, which is none of {', '.join(arms)}.")
+        target = count_parameters(model_options(config, [*flags, *arms[other]]))
+        vary = vary or "intermediate_size"
+        options = match_parameters(target, model_options(config, [*flags, *arms[name]]), vary)
+        arms[name] += [f"--model.{vary}", str(options[vary])]
+    return arms
+
+
 def train_one(config: Path, flags: Sequence[str], folder: Path, seed: int) -> dict[str, Any]:
     """One training, or what it left; its last validation, seconds and sizes."""
     own = ["--training.seed", str(seed), "--training.output_dir", str(folder)]
     settings: Settings = read_settings(config, [*flags, *own], allowed_keys())
     settings["training"]["resume_from_checkpoint"] = True
     report = run(settings)
-    last = report["validation"][-1]
+    curve = [{name: row[name] for name in row if name not in NO_METRICS - {"step"}} for row in report["validation"]]
     return {
         "seed": seed,
-        **{name: last[name] for name in REPORTED},
-        "validation": [{name: row[name] for name in ("step", *REPORTED)} for row in report["validation"]],
+        **{name: value for name, value in curve[-1].items() if name != "step"},
+        "validation": curve,
         # Of the whole training, also if the last part alone was timed.
         "seconds": report["seconds"] * report["steps"] / max(1, report["steps"] - report["resumed_from_step"]),
         "steps": report["steps"],
+        "tokens_per_step": report["tokens_per_step"],
         "num_parameters": report["num_parameters"],
-        "references": {name: report[name] for name in ("marginal_entropy", "persistence_nrmse")},
+        "embedding_parameters": report["embedding_parameters"],
+        "references": {name: report[name] for name in ("marginal_entropy", "persistence_nrmse") if name in report},
     }
 
 
 def study(
     config: Path,
-    compare: tuple[str, list[str]],
+    arms: Arms,
     tune: tuple[str, list[str]],
     seeds: Sequence[int],
     out: Path,
     flags: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains all arms; a dict of `arms`, each with `tuning`, `best`, `runs` and the mean and spread over seeds."""
-    arms = {}
-    for arm in compare[1]:
+    found = {}
+    for arm, own in arms.items():
 
-        def trained(value: str, seed: int, arm: str = arm) -> dict[str, Any]:
-            chosen = [*flags, f"--{compare[0]}", arm, f"--{tune[0]}", value]
-            return train_one(config, chosen, out / f"{arm}-{value}-{seed}", seed)
+        def trained(value: str, seed: int, arm: str = arm, own: Sequence[str] = own) -> dict[str, Any]:
+            return train_one(config, [*flags, *own, f"--{tune[0]}", value], out / f"{arm}-{value}-{seed}", seed)
 
         tuning = {value: trained(value, seeds[0]) for value in tune[1]}
         best = min(tuning, key=lambda value: (isnan(tuning[value]["loss"]), tuning[value]["loss"]))
         runs = [tuning[best], *(trained(best, seed) for seed in seeds[1:])]
-        arms[arm] = {
+        names = [name for name, value in runs[0].items() if isinstance(value, float)]
+        found[arm] = {
+            "settings": [relative(word) for word in own],
             "tuning": {value: each["loss"] for value, each in tuning.items()},
             "best": best,
             "runs": runs,
             "num_parameters": runs[0]["num_parameters"],
-            **{name: _summed_up([each[name] for each in runs]) for name in (*REPORTED, "seconds")},
+            **{name: summed_up([each[name] for each in runs]) for name in names},
         }
-    first = arms[compare[1][0]]
-    for arm in arms.values():
+    first = next(iter(found.values()))
+    for arm in found.values():
         arm["loss_ratio"] = arm["loss"]["mean"] / first["loss"]["mean"]
     return {
         "config": relative(config),
         "flags": [relative(flag) for flag in flags],
-        "compare": compare[0],
         "tune": tune[0],
         "references": first["runs"][0]["references"],
-        "arms": arms,
+        "arms": found,
         "provenance": provenance(list(seeds)),
     }
 
 
-def _summed_up(values: list[float]) -> dict[str, float]:
+def summed_up(values: Sequence[float]) -> dict[str, float]:
+    """Mean and standard deviation, the latter 0 for a single value."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "standard_deviation": spread}
 
 
 def table(found: dict[str, Any]) -> str:
     """The arms as lines of text: means and standard deviations over the seeds."""
-    names = found["compare"], found["tune"].rpartition(".")[2]
-    lines = [f"{names[0]:>20} {names[1]:>14} {'parameters':>12} {'loss':>18} {'nrmse':>18} {'seconds':>9}  loss ratio"]
+    first = next(iter(found["arms"].values()))
+    names = [name for name, value in first.items() if isinstance(value, dict) and "mean" in value and name != "seconds"]
+    head = "".join(f"{name:>18}" for name in names)
+    lines = [f"{'arm':>24} {found['tune'].rpartition('.')[2]:>14} {'parameters':>12}{head} {'seconds':>9}  loss ratio"]
     for arm, each in found["arms"].items():
-        loss, nrmse = (f"{each[n]['mean']:.4f} ± {each[n]['standard_deviation']:.4f}" for n in REPORTED)
+        scores = [f"{each[n]['mean']:.4f} ± {each[n]['standard_deviation']:.4f}" for n in names]
         lines.append(
-            f"{arm:>20} {each['best']:>14} {each['num_parameters']:>12,} {loss:>18} {nrmse:>18} "
+            f"{arm:>24} {each['best']:>14} {each['num_parameters']:>12,}"
+            f"{''.join(f'{score:>18}' for score in scores)} "
             f"{each['seconds']['mean']:>9.0f}  {each['loss_ratio']:.4f}"
         )
     references = ", ".join(f"{name} {value:.4f}" for name, value in found["references"].items())
     return "\n".join([*lines, references])
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--compare", type=parse_values, required=True, help="section.key=value,value: the arms")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--compare", type=parse_values, help="section.key=value,value: the arms")
+    which.add_argument("--arms", type=Path, help="YAML file of arms")
+    parser.add_argument("--only", nargs="+", help="train these arms, and leave the rest and study.json to another call")
     parser.add_argument("--tune", type=parse_values, required=True, help="section.key=value,value: the same for each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, required=True, help="folder of the trainings and study.json")
     known, flags = parser.parse_known_args(arguments)
     try:
-        found = study(known.config, known.compare, known.tune, known.seeds, known.out, flags)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+        if known.compare:
+            name, values = known.compare
+            arms = {value: [f"--{name}", value] for value in values}
+        else:
+            arms = read_arms(known.arms, known.config, flags)
+        if unknown := set(known.only or ()) - arms.keys():
+            raise ValueError(f"--only {' '.join(sorted(unknown))}: the arms are {', '.join(arms)}.")
+        chosen = {name: own for name, own in arms.items() if known.only is None or name in known.only}
+        found = study(known.config, chosen, known.tune, known.seeds, known.out, flags)
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    write_json(known.out / "study.json", found)
     print(table(found))
+    if known.only is not None:
+        return None
+    write_json(known.out / "study.json", found)
     return found
 
 

@@ -39,7 +39,7 @@ def test_arms_are_tuned_and_seeded_alike(command, tmp_path, capsys, monkeypatch)
     assert "loss ratio" in out
     assert "marginal_entropy" in out
 
-    monkeypatch.setattr("training.train.FieldTrainer.train", None)  # nothing is trained a second time
+    monkeypatch.setattr("training.field_task.FieldTrainer.train", None)  # nothing is trained a second time
     again = study.main([*command, "--model.loss_chunk_size", "7"])
     assert again["arms"] == found["arms"]
 
@@ -54,3 +54,47 @@ def test_bad_values_are_refused(command, bad, capsys):
 def test_an_unknown_setting_is_said(command):
     with pytest.raises(SystemExit, match="did you mean 'output_head'"):
         study.main([*command, "--compare", "model.output_hed=dense"])
+
+
+ARMS = """
+table: {model.embedding_type: lookup, model.tie_word_embeddings: true}
+table_larger: {model.embedding_type: lookup, model.tie_word_embeddings: true, same_parameters_as: generated}
+generated:
+"""
+
+
+def test_arms_of_a_file_and_a_part_of_them(command, tmp_path):
+    file = tmp_path / "arms.yaml"
+    file.write_text(ARMS)
+    at = command.index("--compare")
+    arguments = [*command[:at], "--arms", str(file), *command[at + 2 :]]
+    assert study.main([*arguments, "--only", "table"]) is None
+    assert not (tmp_path / "study" / "study.json").exists()
+    assert len(list((tmp_path / "study").glob("table-*/training.json"))) == 3
+    found = study.main(arguments)
+    assert list(found["arms"]) == ["table", "table_larger", "generated"]
+    counts = {name: arm["num_parameters"] for name, arm in found["arms"].items()}
+    assert counts["table"] < counts["generated"]
+    layers = 2 * 3 * 32 * 8  # eight more neurons in each layer's MLP
+    assert abs(counts["table_larger"] - counts["generated"]) <= layers / 2
+    curve = found["arms"]["table"]["runs"][0]["validation"]
+    assert [sorted(row) for row in curve] == [["loss", "nrmse", "step"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- table", "expected a name for each arm"),
+        ("table: lookup", "expected a name for each arm"),
+        ("table: {same_parameters_as: chair}", "which is none of table"),
+        ("table: {model.embedding_tpe: lookup}", "did you mean 'embedding_type'"),
+    ],
+)
+def test_bad_arms_are_refused(command, tmp_path, text, message):
+    file = tmp_path / "arms.yaml"
+    file.write_text(text)
+    at = command.index("--compare")
+    with pytest.raises(SystemExit, match=message):
+        study.main([*command[:at], "--arms", str(file), *command[at + 2 :]])
+    with pytest.raises(SystemExit, match="the arms are dense, digits"):
+        study.main([*command, "--only", "dance"])

@@ -13,7 +13,8 @@ import yaml
 from transformers import AutoFeatureExtractor, AutoModelForCausalLM, TrainerCallback
 
 from leviathan import FieldTokenizer
-from training import train
+from training import field_task, train
+from training.field_task import FieldTrainer
 from training.settings import read_settings
 from training.turbulence import FlowSettings, write_fields
 
@@ -151,14 +152,14 @@ def test_it_learns_and_what_it_saves_loads(settings):
 def test_evaluation_by_chunks_is_the_plain_one(settings, monkeypatch, head):
     settings["model"]["output_head"] = head
     parts = train.build(copied(settings))
-    trainer = train.FieldTrainer(
-        model=parts.model, args=parts.args, eval_dataset=parts.validation, processing_class=parts.tokenizer
+    trainer = FieldTrainer(
+        model=parts.model, args=parts.args, eval_dataset=parts.task.validation, processing_class=parts.task.tokenizer
     )
-    batch = parts.train.collate([parts.validation[i] for i in range(4)])
-    half = parts.tokenizer.tokens_per_patch
+    batch = parts.task.train.collate([parts.task.validation[i] for i in range(4)])
+    half = parts.task.tokenizer.tokens_per_patch
     assert batch["prefix_length"] == half
     model = parts.model.eval()
-    monkeypatch.setattr(train, "EVALUATION_LOGITS", 7 * 32)
+    monkeypatch.setattr(field_task, "EVALUATION_LOGITS", 7 * 32)
     loss, expected, labels = trainer.prediction_step(model, batch, False)
     with torch.no_grad():
         torch.testing.assert_close(loss, model(**batch).loss)
@@ -170,7 +171,7 @@ def test_evaluation_by_chunks_is_the_plain_one(settings, monkeypatch, head):
 
 
 def test_loss_is_on_the_next_state_alone_and_accumulation_changes_nothing(settings, tmp_path):
-    item = train.build(copied(settings)).train[0]
+    item = train.build(copied(settings)).task.train[0]
     assert (item["labels"][:16] == -100).all()
     assert torch.equal(item["labels"][16:], item["input_ids"][16:])
     one = train.run(copied(settings, output_dir=str(tmp_path / "one"), max_steps=3))
@@ -187,8 +188,8 @@ def test_the_embedding_has_its_own_learning_rate_and_what_lives_near_one_no_deca
     settings["model"]["output_head"] = head
     settings["training"] |= {"embedding_learning_rate": 7e-3, "weight_decay": 0.1}
     parts = train.build(copied(settings))
-    trainer = train.FieldTrainer(
-        model=parts.model, args=parts.args, eval_dataset=parts.validation, processing_class=parts.tokenizer
+    trainer = FieldTrainer(
+        model=parts.model, args=parts.args, eval_dataset=parts.task.validation, processing_class=parts.task.tokenizer
     )
     groups = trainer.create_optimizer().param_groups
     embedding = {id(p) for p in parts.model.get_input_embeddings().parameters()}
@@ -216,7 +217,7 @@ def test_training_reads_the_prior_state_in_both_directions(settings, monkeypatch
 def test_reference_scores():
     tokenizer = FieldTokenizer(1, 2, 2, low=-2.0, high=2.0)
     items = [{"input_ids": torch.tensor([a, b])} for a, b in [(0, 0), (1, 1), (2, 3), (3, 3)]]
-    scores = train.reference_scores(items, tokenizer)
+    scores = field_task.reference_scores(items, tokenizer)
     assert scores["marginal_entropy"] == pytest.approx(-(0.5 * np.log(0.25) + 0.5 * np.log(0.5)))
     true = np.array([-1.5, -0.5, 1.5, 1.5])
     assert scores["persistence_nrmse"] == pytest.approx(np.sqrt(1 / (true**2).sum()))
@@ -270,12 +271,12 @@ def test_processes_that_do_not_know_of_each_other_are_refused(settings, monkeypa
 def test_evaluation_has_the_precision_of_training(settings, monkeypatch):
     settings["training"]["bf16"] = True
     parts = train.build(copied(settings))
-    trainer = train.FieldTrainer(
+    trainer = FieldTrainer(
         model=parts.model,
         args=parts.args,
-        eval_dataset=parts.validation,
-        processing_class=parts.tokenizer,
-        data_collator=parts.train.collate,
+        eval_dataset=parts.task.validation,
+        processing_class=parts.task.tokenizer,
+        data_collator=parts.task.train.collate,
     )
     seen = []
     parts.model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda m, i, out: seen.append(out.dtype))

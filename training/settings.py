@@ -27,6 +27,19 @@ _Loader.add_implicit_resolver(
 )
 
 
+def load_yaml(path: str | Path) -> Any:
+    """What a YAML file holds: plain values alone.
+
+    Raises:
+        ValueError: If it is no YAML, or names Python objects.
+        OSError: If it cannot be read.
+    """
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506 -- a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+
+
 def read_settings(path: str | Path, flags: Sequence[str], allowed: Mapping[str, Collection[str]]) -> Settings:
     """Reads ``path`` and lays ``--section.key value`` flags over it; values are YAML.
 
@@ -42,10 +55,7 @@ def read_settings(path: str | Path, flags: Sequence[str], allowed: Mapping[str, 
         ValueError: On an unknown section or key (with the nearest known one), or something that is no such mapping.
         OSError: If the file cannot be read.
     """
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}  # noqa: S506 -- a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    content = load_yaml(path) or {}
     settings: Settings = {section: {} for section in allowed}
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}; expected sections {', '.join(allowed)}.")

@@ -1,207 +1,60 @@
-"""Trains a Leviathan on the next state of flow fields.
+"""Trains a Leviathan: on the next state of flow fields, or on the next token of text.
 
     accelerate launch -m training.train --config training/configs/turbulence_tiny_cpu.yaml [--training.max_steps 100]
+    accelerate launch -m training.train --config training/configs/text_tiny_cpu.yaml
 
-A config has four sections: `data` (DataSettings below), `tokenizer` (leviathan.FieldTokenizer), `model`
-(leviathan.LeviathanConfig, and attn_implementation) and `training` (transformers.TrainingArguments and what
-TrainingSettings adds). The loop, mixed precision, accumulation, checkpoints, resume and trackers are transformers'
-Trainer's.
+A config has four sections: `data` and `tokenizer`, whose keys are those of the task that `data.kind` names (`fields`:
+training/field_task.py, `text`: training/text_task.py), `model` (leviathan.LeviathanConfig, and attn_implementation) and
+`training` (transformers.TrainingArguments and what training.trainer.TrainingSettings adds). The loop, mixed precision,
+accumulation, checkpoints, resume and trackers are transformers' Trainer's.
 """
 
 import dataclasses
-import inspect
+import difflib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.data import Dataset, SequentialSampler, Subset
-from transformers import (
-    AutoModelForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
-from leviathan import FieldTokenizer, LeviathanConfig, LeviathanForCausalLM
-from sna_core import DigitHead
-from training.fields import FieldFile, PatchPairs, data_record, sample_snapshots, split_trajectories
-from training.provenance import provenance, relative, write_json
+from leviathan import LeviathanConfig, LeviathanForCausalLM
+from training.field_task import FieldTask
+from training.provenance import provenance, write_json
 from training.settings import Settings, parse_arguments
+from training.text_task import TextTask
+from training.trainer import JsonLog, LeviathanTrainer, TrainingSettings, build_arguments
 
-EVALUATION_LOGITS = 2**24  # logits that exist at one time during evaluation
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """The `data` section.
-
-    Attributes:
-        path: HDF5 file of trajectories in PDEBench's layout.
-        fractions: Shares of the trajectories for training, validation and test.
-        split_seed: Seed of that split.
-        offsets: Training patches on a `"grid"` or at `"random"` periodic offsets; see `training.fields.PatchPairs`.
-        symmetries: Turn and reflect training patches (random offsets only).
-        stride: Snapshots from a state to the next.
-        context_noise: Noise on the target's tokens as inputs, in levels (random offsets only).
-        num_fit_snapshots: Training snapshots from which the quantiser's range is taken.
-        num_validation_items: Validation pairs, drawn once from all of them.
-    """
-
-    path: str
-    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    split_seed: int = 0
-    offsets: Literal["grid", "random"] = "grid"
-    symmetries: bool = False
-    stride: int = 1
-    context_noise: float = 0.0
-    num_fit_snapshots: int = 1024
-    num_validation_items: int = 512
-
-
-@dataclasses.dataclass
-class TrainingSettings(TrainingArguments):
-    """The `training` section: transformers' arguments and the following.
-
-    `bf16: auto` is bfloat16 where there is a GPU that has it.
-
-    Attributes:
-        embedding_learning_rate: Peak learning rate of the embedding's parameters; None is `learning_rate`. They are
-            never decayed: the splines live near one, and pulled to zero their product vanishes.
-    """
-
-    embedding_learning_rate: float | None = None
+TASKS: dict[str, type[FieldTask] | type[TextTask]] = {"fields": FieldTask, "text": TextTask}
 
 
 def allowed_keys() -> dict[str, list[str]]:
-    """The keys of each section of a config."""
-    derived = {"vocab_size", "max_position_embeddings", "embedding_base", "embedding_num_digits"}  # by the tokenizer
-    config = [name for name in inspect.get_annotations(LeviathanConfig) if name not in derived]
-    tokenizer = [name for name, p in inspect.signature(FieldTokenizer).parameters.items() if p.kind != p.VAR_KEYWORD]
-    return {
-        "data": [f.name for f in dataclasses.fields(DataSettings)],
-        "tokenizer": tokenizer,
-        "model": [*config, "attn_implementation"],
-        "training": [f.name for f in dataclasses.fields(TrainingSettings) if f.init],
-    }
+    """The keys of each section of a config, of all tasks."""
+    keys = {"data": set(), "tokenizer": set(), "model": {"attn_implementation"}}
+    for task in TASKS.values():
+        for section, names in task.allowed_keys().items():
+            keys[section] |= set(names)
+    training = [f.name for f in dataclasses.fields(TrainingSettings) if f.init]
+    return {section: sorted(names) for section, names in keys.items()} | {"training": training}
 
 
-class FieldTrainer(Trainer):
-    """transformers' Trainer with a learning rate for the embedding and metrics of fields in evaluation."""
+def build_task(settings: Settings, args: TrainingSettings) -> FieldTask | TextTask:
+    """The task that the settings name, without a look at its data.
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with the embedding's parameters in a group of their own."""
-        if self.optimizer is not None:
-            return self.optimizer
-        model = self.model if model is None else model
-        embedding = {id(p) for p in model.get_input_embeddings().parameters()}
-        # As the embedding's splines, the factors of a head of digits live near one.
-        decayed = {name for name in self.get_decay_parameter_names(model) if not name.endswith("digit_factors")}
-        own_rate = self.args.embedding_learning_rate
-        groups = {
-            "decayed": {"weight_decay": self.args.weight_decay},
-            "plain": {"weight_decay": 0.0},
-            "embedding": {"weight_decay": 0.0, "lr": self.args.learning_rate if own_rate is None else own_rate},
-        }
-        for group in groups.values():
-            group["params"] = []
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                kind = "embedding" if id(parameter) in embedding else "decayed" if name in decayed else "plain"
-                groups[kind]["params"].append(parameter)
-        optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        self.optimizer = optimizer([group for group in groups.values() if group["params"]], **options)
-        return self.optimizer
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if getattr(dataset, "offsets", None) == "random":  # item i is random already
-            return SequentialSampler(dataset)
-        return super()._get_train_sampler(train_dataset)
-
-    @torch.no_grad()
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # noqa: ANN001, ANN201
-        """Loss, expected ids, labels: by chunks, since all logits of a batch may not fit into memory."""
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"][:, 1:]
-        unwrapped = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():  # the wrapped forward's, which this goes past
-            hidden = unwrapped.model(
-                input_ids=inputs["input_ids"], prefix_length=inputs["prefix_length"], use_cache=False
-            ).last_hidden_state[:, :-1]
-            wanted = labels != -100
-            target = labels[wanted]
-            head = unwrapped.output_head()
-            size = max(1, EVALUATION_LOGITS // unwrapped.config.vocab_size)
-            losses, expected = [], []
-            for chunk, truth in zip(hidden[wanted].split(size), target.split(size), strict=True):
-                if isinstance(head, DigitHead):
-                    losses.append(-head(chunk, truth).sum())
-                    expected.append(head.expectation(chunk))
-                    continue
-                logits = head(chunk).float()
-                losses.append(F.cross_entropy(logits, truth, reduction="sum"))
-                ids = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float64)
-                expected.append(logits.softmax(-1, dtype=torch.float64) @ ids)
-        loss = torch.stack(losses).sum() / target.numel()
-        shape = (labels.shape[0], -1)
-        return loss, torch.cat(expected).view(shape), target.view(shape)
-
-
-class JsonLog(TrainerCallback):
-    """Appends every log entry to `log.jsonl`; after a resume, entries beyond the checkpoint are dropped first."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:  # noqa: ANN001
-        """Keeps the entries up to the step from which training goes on."""
-        if state.is_world_process_zero:
-            kept = [row for row in self.rows() if row["step"] <= state.global_step] if state.global_step else []
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            partial.replace(self.path)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: ANN001
-        """Writes one entry."""
-        if state.is_world_process_zero and logs:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-    def rows(self) -> list[dict[str, Any]]:
-        """All entries, in order."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be torn
-
-
-def marginal_entropy(ids: np.ndarray) -> float:
-    """Entropy in nats of the distribution of ``ids``: the least loss of a model that looks at nothing."""
-    counts = np.unique(ids, return_counts=True)[1]
-    share = counts / counts.sum()
-    return float(-(share * np.log(share)).sum())
-
-
-def reference_scores(validation: Dataset, tokenizer: FieldTokenizer) -> dict[str, float]:
-    """What the validation loss and nRMSE are to be held against: marginal entropy (nats) and persistence's nRMSE."""
-    half = tokenizer.tokens_per_patch
-    pairs = torch.stack([validation[i]["input_ids"] for i in range(len(validation))])
-    before, after = pairs[:, :half].numpy(), pairs[:, half:].numpy()
-    return {
-        "marginal_entropy": marginal_entropy(after),
-        "persistence_nrmse": nrmse(before, after, tokenizer),
-    }
-
-
-def nrmse(predicted: np.ndarray, true: np.ndarray, tokenizer: FieldTokenizer) -> float:
-    """Root mean square error of ids (which need not be whole), in physical units over the truth's root mean square."""
-    value = tokenizer.low + (true + 0.5) * tokenizer.level
-    return float(np.sqrt(np.mean(((predicted - true) * tokenizer.level) ** 2) / np.mean(value**2)))
+    Raises:
+        ValueError: On an unknown task, or a key that belongs to another.
+    """
+    kind = settings["data"].get("kind", "fields")
+    if kind not in TASKS:
+        raise ValueError(f"data.kind = {kind!r}; expected one of {', '.join(TASKS)}.")
+    for section, names in TASKS[kind].allowed_keys().items():
+        for name in settings[section].keys() - names - {"attn_implementation"}:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(names))}."
+            raise ValueError(f"{section}.{name} is no setting of a run on {kind} (data.kind); {hint}")
+    return TASKS[kind](settings, args)
 
 
 def describe(model: LeviathanForCausalLM, args: TrainingArguments, tokens_per_item: int) -> dict[str, Any]:
@@ -232,79 +85,35 @@ def describe(model: LeviathanForCausalLM, args: TrainingArguments, tokens_per_it
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is made of. Attributes as in transformers.Trainer, `data` the settings of that name."""
+    """What a run is made of."""
 
     args: TrainingSettings
-    data: DataSettings
-    fields: FieldFile
-    tokenizer: FieldTokenizer
-    train: PatchPairs
-    validation: Subset
+    task: FieldTask | TextTask
     model: LeviathanForCausalLM
 
 
-def build_arguments(settings: Settings) -> TrainingSettings:
-    """The arguments of transformers' Trainer, checked for what would train something else than asked for.
-
-    Raises:
-        ValueError: Without a number of steps, or if processes were launched that do not know of each other.
-    """
-    options = {"remove_unused_columns": False, "report_to": "none"} | settings["training"]
-    if options.get("bf16") == "auto":
-        options["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    args = TrainingSettings(**options)
-    if args.max_steps < 1:
-        raise ValueError(f"training.max_steps = {args.max_steps}; give the number of optimizer steps.")
-    if args.save_only_model:
-        raise ValueError("training.save_only_model leaves checkpoints from which training cannot go on; leave it out.")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != args.world_size:
-        raise ValueError(
-            f"{launched} processes were launched and {args.world_size} joined: each would train alone into one folder. "
-            "On CPUs pass --training.use_cpu true --training.ddp_backend gloo."
-        )
-    return args
-
-
-def build_model(settings: Settings, tokenizer: FieldTokenizer, seed: int) -> LeviathanForCausalLM:
-    """The model of the settings for the tokenizer's vocabulary and patch, with initial values from the seed."""
+def build_model(settings: Settings, task: FieldTask | TextTask, seed: int) -> LeviathanForCausalLM:
+    """The model of the settings for the task's tokens, with initial values from the seed."""
     options = dict(settings["model"])
     attention = options.pop("attn_implementation", None)
-    if options.get("embedding_type", "separable") == "separable":
-        options["embedding_base"] = tokenizer.base
-    config = LeviathanConfig(
-        vocab_size=tokenizer.vocab_size, max_position_embeddings=2 * tokenizer.tokens_per_patch, **options
-    )
+    config = LeviathanConfig(**task.model_options(options))
     set_seed(seed)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
 def build(settings: Settings) -> Parts:
     """Everything that the settings describe."""
-    args, data = build_arguments(settings), DataSettings(**settings["data"])
-    fields = FieldFile(data.path)
-    split = split_trajectories(fields.num_trajectories, tuple(data.fractions), data.split_seed)
-    tokenizer = FieldTokenizer(**settings["tokenizer"])
-    if tokenizer.low is None:
-        tokenizer.fit(
-            sample_snapshots(
-                fields, split.train, data.num_fit_snapshots, seed=data.split_seed, mirrored=data.symmetries
-            )
-        )
-    options: dict[str, Any] = {"offsets": data.offsets, "stride": data.stride, "seed": args.seed}
-    if data.offsets == "random":
-        items = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
-        options |= {"num_items": items, "symmetries": data.symmetries, "context_noise": data.context_noise}
-    train = PatchPairs(fields, split.train, tokenizer, **options)
-    pairs = PatchPairs(fields, split.validation, tokenizer, stride=data.stride)
-    chosen = np.random.default_rng(data.split_seed).permutation(len(pairs))[: data.num_validation_items]
-    model = build_model(settings, tokenizer, args.seed)
-    return Parts(args, data, fields, tokenizer, train, Subset(pairs, np.sort(chosen).tolist()), model)
+    args = build_arguments(settings)
+    task = build_task(settings, args)
+    task.open()
+    model = build_model(settings, task, args.seed)
+    task.prepare(model)
+    return Parts(args, task, model)
 
 
 def record_of(settings: Settings, parts: Parts) -> dict[str, Any]:
     """What must not change between the parts of one run: the settings, the processes and the data behind the path."""
-    return {"settings": settings, "num_processes": parts.args.world_size, "data": data_record(parts.fields)}
+    return {"settings": settings, "num_processes": parts.args.world_size, "data": parts.task.record()}
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:
@@ -343,9 +152,11 @@ def check_resume(output: Path, record: dict[str, Any], resume: bool) -> Path | N
     return None
 
 
-def finish(trainer: FieldTrainer, parts: Parts, report: dict[str, Any], seconds: float, first: int) -> dict[str, Any]:
+def finish(
+    trainer: LeviathanTrainer, parts: Parts, report: dict[str, Any], seconds: float, first: int
+) -> dict[str, Any]:
     """Saves model, tokenizer and `training.json`; returns what the latter holds."""
-    args, data, steps = parts.args, parts.data, trainer.state.global_step
+    args, steps = parts.args, trainer.state.global_step
     parts.model.config.use_cache = True  # the Trainer turned it off
     trainer.save_model(args.output_dir)
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle; training.json says it all
@@ -356,12 +167,8 @@ def finish(trainer: FieldTrainer, parts: Parts, report: dict[str, Any], seconds:
     ]
     # Of this part of the run, if it was resumed; without evaluation.
     seconds -= sum(row["runtime"] for row in validation if row["step"] > first)
+    report |= parts.task.report() | trainer.report()
     report |= {
-        "data": relative(data.path),
-        "data_record": data_record(parts.fields),
-        "dt_save": parts.fields.dt_save * data.stride,
-        "stride": data.stride,
-        "split": {"fractions": list(data.fractions), "seed": data.split_seed},
         "steps": steps,
         "resumed_from_step": first,
         "seconds": seconds,
@@ -391,39 +198,42 @@ def run(settings: Settings, dry_run: bool = False) -> dict[str, Any]:
     if str(resume).lower() not in ("true", "false"):
         raise ValueError(f"resume_from_checkpoint = {resume!r}; expected true (the newest of output_dir) or false.")
     parts = build(settings)
-    args, tokenizer, output = parts.args, parts.tokenizer, Path(parts.args.output_dir)
+    args, task, output = parts.args, parts.task, Path(parts.args.output_dir)
     record = record_of(settings, parts)
     checkpoint = check_resume(output, record, str(resume).lower() == "true")
     if (output / "training.json").exists():
         print(f"{output}: trained already; delete the folder to train again")
         return json.loads((output / "training.json").read_text())
-    trainer = FieldTrainer(
+    trainer = task.trainer_class(
         model=parts.model,
         args=args,
-        train_dataset=parts.train,
-        eval_dataset=parts.validation,
-        data_collator=parts.train.collate,
-        processing_class=tokenizer,
-        compute_metrics=lambda p: {"nrmse": nrmse(p.predictions, p.label_ids, tokenizer)},
+        train_dataset=task.train,
+        eval_dataset=task.validation,
+        processing_class=task.tokenizer,
         callbacks=[JsonLog(output / "log.jsonl")],
+        **task.trainer_options(),
     )
     if trainer.is_fsdp_enabled:
         raise ValueError("evaluation goes past the sharded root of FSDP; use DDP or DeepSpeed (deepspeed_zero2.yaml).")
-    report = describe(parts.model, args, 2 * tokenizer.tokens_per_patch) | reference_scores(parts.validation, tokenizer)
+    report = describe(parts.model, args, task.tokens_per_item) | task.references()
     trainer.accelerator.wait_for_everyone()  # all have looked at the folder before one writes to it
     if trainer.is_world_process_zero():
         write_json(output / "run.json", record)
     first = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
+    if checkpoint:
+        trainer.resume_data(checkpoint)
     seconds = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics["train_runtime"]
     return finish(trainer, parts, report, seconds, first)
 
 
 def plan(settings: Settings) -> dict[str, Any]:
-    """Prints what would be trained, without a look at the data, and returns it."""
+    """Prints what would be trained, without a look at the data or memory for the model, and returns it."""
     settings = settings | {"training": {k: v for k, v in settings["training"].items() if k != "resume_from_checkpoint"}}
-    args, tokenizer = build_arguments(settings), FieldTokenizer(**settings["tokenizer"])
-    DataSettings(**settings["data"])
-    report = describe(build_model(settings, tokenizer, args.seed), args, 2 * tokenizer.tokens_per_patch)
+    args = build_arguments(settings)
+    task = build_task(settings, args)
+    with torch.device("meta"):
+        model = build_model(settings, task, args.seed)
+    report = describe(model, args, task.tokens_per_item)
     for name, value in report.items():
         print(f"{name:>24} {value:,.2f}" if isinstance(value, float) else f"{name:>24} {value:,}")
     return report
