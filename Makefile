@@ -54,7 +54,7 @@ text-study: runs/text/order.safetensors runs/text/order_random.safetensors
 		--tune training.embedding_learning_rate=3e-3,1e-2,3e-2 --seeds 0 1 2 $(TEXT_DATA) \
 		--training.max_steps $(STEPS) --training.warmup_steps $$(($(STEPS) / 20)) --training.eval_steps $$(($(STEPS) / 20)) \
 		--training.save_steps $(STEPS) --training.logging_steps $$(($(STEPS) / 4)) --training.disable_tqdm true \
-		--training.dataloader_num_workers 0 --data.num_validation_sequences 192
+		--training.dataloader_num_workers 0 --data.num_validation_sequences 96
 
 # A dense head against one of digits, at 65,536 levels (an hour on two cores).
 heads: .venv/.installed
