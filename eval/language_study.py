@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from eval import language, language_figures
 from eval.study import summed_up
+from training.documents import Documents
 from training.provenance import provenance, relative, write_json
 
 MEASURED = "measured.json"  # beside a run
@@ -30,8 +31,10 @@ def measure(folder: Path, data: str | None, split: str, counts_of: Path) -> dict
     and bands are to hold the same targets for all.
     """
     kept = folder / MEASURED
-    wanted = {"data": data and relative(data), "split": split}
-    if kept.is_file() and (known := json.loads(kept.read_text(encoding="utf-8")))["of"] == wanted:
+    # Elsewhere a text of the same name may be another.
+    text = {"data": relative(data)} | Documents(data).record() if data else {"data": None}
+    wanted = text | {"split": split, "counts_of": counts_of.name}
+    if kept.is_file() and (known := json.loads(kept.read_text(encoding="utf-8"))).get("of") == wanted:
         return known
     where = ["--model", str(folder), "--split", split, "--out", str(folder), *(["--data", data] if data else [])]
     where += ["--counts", str(counts_of / "token_counts.safetensors")]
@@ -49,9 +52,11 @@ def compare(arm: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, A
 
     - `perplexity_ratio`, `rare_perplexity_ratio`: of the test's perplexities; below 1 the arm is better,
     - `tokens_ratio`: steps of the reference to its own last validation loss, over those of the arm to that loss (None
-      if a seed of the arm never gets there): so many times fewer tokens,
+      if a seed of the arm never gets there, or was there before training): so many times fewer tokens,
     - `largest_lag`: the greatest difference of the validation losses in nats, arm less reference at equal steps, from
-      `EARLY` of training on; below 0 the arm was ahead all along.
+      `EARLY` of training on; below 0 the arm was ahead all along (None if a seed has no step in common).
+
+    All are None if there is no seed in common.
     """
     pairs = [(one, other) for one in arm for other in reference if one["seed"] == other["seed"]]
     ratios: dict[str, list[float | None]] = {name: [] for name in ("perplexity", "rare_perplexity", "tokens", "lag")}
@@ -62,12 +67,12 @@ def compare(arm: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, A
         ratios["rare_perplexity"].append(None if None in rare else rare[0] / rare[1])
         goal = other["validation"][-1]["loss"]
         needed, own = (language.steps_to_reach(each["validation"], goal) for each in (one, other))
-        ratios["tokens"].append(None if needed is None else own / needed)
-        first = EARLY * other["validation"][-1]["step"]
-        losses = {row["step"]: row["loss"] for row in other["validation"] if row["step"] >= first}
-        ratios["lag"].append(
-            max(row["loss"] - losses[row["step"]] for row in one["validation"] if row["step"] in losses)
-        )
+        ratios["tokens"].append(own / needed if needed else None)
+        last = other["validation"][-1]["step"]
+        # Not step >= EARLY * last, whose product is rounded: 0.05 * 140 > 7.
+        losses = {row["step"]: row["loss"] for row in other["validation"] if row["step"] / last >= EARLY}
+        behind = [row["loss"] - losses[row["step"]] for row in one["validation"] if row["step"] in losses]
+        ratios["lag"].append(max(behind, default=None))
     names = {"perplexity": "perplexity_ratio", "rare_perplexity": "rare_perplexity_ratio", "tokens": "tokens_ratio"}
     return {
         names.get(name, "largest_lag"): None if not values or None in values else summed_up(values)
@@ -75,21 +80,24 @@ def compare(arm: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, A
     } | {"seeds": [one["seed"] for one, _ in pairs]}
 
 
-def sum_up(study: Path, data: str | None, split: str, references: Sequence[str]) -> dict[str, Any]:
+def sum_up(
+    study: Path, data: str | None, split: str, references: Sequence[str], drawn: Sequence[str] = ()
+) -> dict[str, Any]:
     """What language.json holds.
 
     Raises:
-        ValueError: If a reference is no arm of the study.
+        ValueError: If a reference, or an arm that is to be drawn, is none of the study.
     """
     found = json.loads((study / "study.json").read_text(encoding="utf-8"))
     arms = found["arms"]
-    if unknown := [name for name in references if name not in arms]:
-        raise ValueError(f"--references {' '.join(unknown)}: the arms of {study} are {', '.join(arms)}.")
+    for flag, names in {"--references": references, "--draw": drawn}.items():
+        if unknown := [name for name in names if name not in arms]:
+            raise ValueError(f"{flag} {' '.join(unknown)}: the arms of {study} are {', '.join(arms)}.")
     folders = [
         (run, study / f"{name}-{arm['best']}-{run['seed']}") for name, arm in arms.items() for run in arm["runs"]
     ]
     for run, folder in tqdm(folders, desc="measuring", unit="run"):
-        run["test"] = measure(folder, data, split)
+        run["test"] = measure(folder, data, split, counts_of=folders[0][1])
     for arm in arms.values():
         tests = [run["test"] for run in arm["runs"]]
         arm["test"] = {
@@ -99,7 +107,7 @@ def sum_up(study: Path, data: str | None, split: str, references: Sequence[str])
         arm["test"]["rare_perplexity"] = None if None in rare else summed_up(rare)
         arm["test"]["three_components"] = summed_up([sum(test["embedding"]["explained"][:3]) for test in tests])
         arm["against"] = {name: compare(arm["runs"], arms[name]["runs"]) for name in references}
-    return found | {"references_of_arms": list(references), "measured": provenance()}
+    return found | {"references_of_arms": list(references), "lags_from": EARLY, "measured": provenance()}
 
 
 def draw(found: Mapping[str, Any], out: Path, chosen: Sequence[str], reference: str) -> None:
@@ -130,7 +138,10 @@ def table(found: Mapping[str, Any]) -> str:
     lines = [f"{'arm':>28} {'parameters':>11} {'test perplexity':>19} {'rare':>10}  against each reference"]
     for name, arm in found["arms"].items():
         score, rare = arm["test"]["perplexity"], arm["test"]["rare_perplexity"]
-        against = ", ".join(f"{other} {each['perplexity_ratio']['mean']:.3f}" for other, each in arm["against"].items())
+        ratios = {other: each["perplexity_ratio"] for other, each in arm["against"].items()}
+        against = ", ".join(
+            f"{other} {'-' if each is None else format(each['mean'], '.3f')}" for other, each in ratios.items()
+        )
         lines.append(
             f"{name:>28} {arm['num_parameters']:>11,} {score['mean']:>10.2f} ± {score['standard_deviation']:<6.2f} "
             f"{'-' if rare is None else format(rare['mean'], ',.0f'):>10}  {against}"
@@ -151,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, required=True, help="folder for language.json and pictures")
     args = parser.parse_args(arguments)
     try:
-        found = sum_up(args.study, args.data, args.split, args.references)
+        found = sum_up(args.study, args.data, args.split, args.references, args.draw or ())
         chosen = args.draw or list(found["arms"])[:NUM_DRAWN]
         args.out.mkdir(parents=True, exist_ok=True)
         draw(found, args.out, chosen, args.references[-1] if args.references[-1] in chosen else chosen[0])

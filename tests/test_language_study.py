@@ -1,0 +1,500 @@
+"""eval.language_study and eval.text_card: on a study of tiny models, and against numbers made by hand."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from eval import language, language_study, study, text_card
+from eval.card import MISSING
+from tests.test_text_task import corpus, settings  # noqa: F401 -- fixtures
+from training.provenance import write_json
+
+ARMS = """
+separable:
+lookup_tied: {model.embedding_type: lookup, model.tie_word_embeddings: true}
+lookup_untied: {model.embedding_type: lookup}
+"""
+NAMES, PICTURES = ["separable", "lookup_tied", "lookup_untied"], ["bands.png", "curves.png", "spectra.png"]
+CARDS = Path(__file__).resolve().parent.parent / "model_cards"
+
+
+# ---------------------------------------------------------------------------------------------------------- end to end
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def trained(settings, kept):  # noqa: F811
+    """The folder of a study of three arms, trained once for all tests."""
+    folder = kept / "study"
+    if not folder.exists():
+        settings["training"] |= {"max_steps": 3, "eval_steps": 1, "save_strategy": "no"}
+        del settings["training"]["output_dir"], settings["training"]["seed"]
+        (kept / "run.yaml").write_text(yaml.safe_dump(settings))
+        (kept / "arms.yaml").write_text(ARMS)
+        command = ["--config", kept / "run.yaml", "--arms", kept / "arms.yaml", "--out", folder]
+        command += ["--tune", "training.learning_rate=3e-3", "--seeds", 4, 7]
+        study.main([str(each) for each in command])
+    return folder
+
+
+@pytest.fixture
+def command(trained, corpus, tmp_path):  # noqa: F811
+    """On a copy of the study, with a test text of its own."""
+    shutil.copytree(trained, tmp_path / "study")
+    lines = (corpus / "validation.jsonl").read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[:30]))
+    paths = {"--study": tmp_path / "study", "--data": tmp_path / "test.jsonl", "--out": tmp_path / "cards" / "text"}
+    return [str(each) for pair in paths.items() for each in pair]
+
+
+def measured_files(folder):
+    return sorted(path.parent.name for path in folder.glob("study/*/measured.json"))
+
+
+def test_command(command, tmp_path, capsys):
+    found = language_study.main(command)
+    out = tmp_path / "cards" / "text"
+    assert json.loads((out / "language.json").read_text()) == json.loads(json.dumps(found))
+    assert sorted(path.name for path in out.iterdir()) == sorted(["language.json", *PICTURES])
+    for picture in PICTURES:
+        data = (out / picture).read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert data.endswith(b"IEND\xaeB`\x82")
+    before = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert {key: found[key] for key in before.keys() - {"arms"}} == {
+        key: before[key] for key in before if key != "arms"
+    }
+    assert list(found["arms"]) == NAMES
+    assert found["references_of_arms"] == ["lookup_tied", "lookup_untied"]
+    assert measured_files(tmp_path) == sorted(f"{name}-3e-3-{seed}" for name in NAMES for seed in (4, 7))
+
+    # By the command for a single model, with the counts of the study's first run.
+    first, other = (tmp_path / "study" / f"separable-3e-3-{seed}" / "token_counts.safetensors" for seed in (4, 7))
+    assert not load_file(first)["counts"].equal(load_file(other)["counts"])
+    one = ["--model", tmp_path / "study" / "lookup_tied-3e-3-7", "--counts", first, "--out", tmp_path / "one"]
+    alone = language.run(language.parse([*map(str, one), *command[2:4]]))
+    test = found["arms"]["lookup_tied"]["runs"][1]["test"]
+    assert test["data"] == alone["data"]
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert test[name]["mean"] == pytest.approx(alone[name]["mean"])
+    for name in ("bands", "rare"):
+        (ours, theirs) = ([each[name]] if name == "rare" else each[name] for each in (test, alone))
+        for band, same in zip(ours, theirs, strict=True):
+            assert band == pytest.approx(same)
+    assert test["embedding"]["explained"] == alone["embedding"]["explained"]
+
+    tests = [run["test"] for arm in found["arms"].values() for run in arm["runs"]]
+    assert len({json.dumps([band["num_targets"] for band in test["bands"]]) for test in tests}) == 1
+    assert len({test["loss"]["mean"] for test in tests}) == 6
+    for arm in found["arms"].values():
+        for name in ("loss", "perplexity", "bits_per_byte"):
+            assert arm["test"][name] == study.summed_up([run["test"][name]["mean"] for run in arm["runs"]])
+        rare = [run["test"]["rare"]["perplexity"] for run in arm["runs"]]
+        assert arm["test"]["rare_perplexity"] == study.summed_up(rare)
+        shares = [run["test"]["embedding"]["explained"] for run in arm["runs"]]
+        assert arm["test"]["three_components"]["mean"] == pytest.approx(sum(sum(each[:3]) for each in shares) / 2)
+        assert list(arm["against"]) == found["references_of_arms"]
+    itself = found["arms"]["lookup_tied"]["against"]["lookup_tied"]
+    for name in ("perplexity_ratio", "rare_perplexity_ratio", "tokens_ratio"):
+        assert itself[name] == {"mean": 1.0, "standard_deviation": 0.0}
+    assert itself["largest_lag"]["mean"] == 0
+    assert itself["seeds"] == [4, 7]
+    curve = [row["step"] for row in found["arms"]["separable"]["runs"][0]["validation"]]
+    assert curve == [1, 2, 3]
+
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith(tuple(NAMES))]
+    for line, (name, arm) in zip(lines[-3:], found["arms"].items(), strict=True):
+        perplexity, ratio = arm["test"]["perplexity"], arm["against"]["lookup_untied"]["perplexity_ratio"]
+        assert line[0] == name
+        assert line[1] == f"{arm['num_parameters']:,}"
+        assert line[2:5] == [f"{perplexity['mean']:.2f}", "±", f"{perplexity['standard_deviation']:.2f}"]
+        assert line[5] == f"{arm['test']['rare_perplexity']['mean']:,.0f}"
+        assert line[-2:] == ["lookup_untied", f"{ratio['mean']:.3f}"]
+
+    text_card.main(["--study", str(out / "language.json"), "--out", str(tmp_path / "cards" / "text.md")])
+    written = (tmp_path / "cards" / "text.md").read_text()
+    assert written == text_card.text_card(json.loads(json.dumps(found)), "text")
+    assert str(tmp_path) not in written + json.dumps(found)
+
+
+def test_what_was_measured_is_kept(command, tmp_path, monkeypatch, corpus):  # noqa: F811
+    before = language_study.main(command)
+    monkeypatch.setattr(language, "evaluate", None)  # nothing is measured a second time
+    again = language_study.main([*command, "--references", "separable", "--draw", "lookup_untied"])
+    assert again["references_of_arms"] == ["separable"]
+    for name in NAMES:
+        assert again["arms"][name]["runs"] == before["arms"][name]["runs"]
+
+    tests, test = [], before["arms"]["separable"]["runs"][0]["test"]
+    content = json.loads((tmp_path / "study" / "study.json").read_text())
+    content["arms"] = {"separable": content["arms"]["separable"]}
+    write_json(tmp_path / "study" / "study.json", content)
+
+    def evaluate(*args, **options):
+        tests.append(test | {"bits_per_byte": {"mean": float(len(tests))}})
+        return tests[-1]
+
+    def measured(data=tmp_path / "test.jsonl", split="test"):
+        """Marks of what was measured, and whether that is what was found."""
+        start = len(tests)
+        found = language_study.sum_up(tmp_path / "study", str(data), split, ["separable"])["arms"]["separable"]
+        marks = [run["test"]["bits_per_byte"]["mean"] for run in found["runs"]]
+        return marks == [each["bits_per_byte"]["mean"] for each in tests[start:]]
+
+    monkeypatch.setattr(language, "evaluate", evaluate)
+    assert not measured()
+    assert measured(corpus / "train.jsonl")
+    # Another text of the same name elsewhere, or behind the same path.
+    lines = (corpus / "validation.jsonl").read_text().splitlines()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "test.jsonl").write_text("\n".join(lines[30:]))
+    assert measured()
+    assert measured(tmp_path / "elsewhere" / "test.jsonl")
+    assert measured()
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[20:]))
+    assert measured()
+    assert not measured()
+    assert measured(split="validation")
+    # One run alone.
+    (tmp_path / "study" / "separable-3e-3-7" / "measured.json").unlink()
+    count = len(tests)
+    measured(split="validation")
+    assert len(tests) == count + 1
+
+
+def test_the_text_of_the_training(command, corpus, monkeypatch):  # noqa: F811
+    """Without --data; its paths are those of the folder in which it ran."""
+    arguments = [*command[:2], *command[4:]]
+    with pytest.raises(SystemExit, match="no text for 'test'"):
+        language_study.main(arguments)
+    monkeypatch.chdir(corpus)
+    found = language_study.main([*arguments, "--split", "validation"])
+    for arm in found["arms"].values():
+        for run in arm["runs"]:
+            assert run["test"]["loss"]["mean"] == pytest.approx(run["validation"][-1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--references", "lookup_tied", "chair", "desk"], "--references chair desk: .* separable, lookup_tied"),
+        (["--draw", "separable", "chair"], "--draw chair: the arms of .* are separable, lookup_tied, lookup_untied"),
+        (["--data", "nowhere*.jsonl"], "no files"),
+        (["--study", "nowhere"], r"nowhere.study\.json"),
+    ],
+)
+def test_command_refuses(command, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=message):
+        language_study.main([*command, *more])
+    assert not (tmp_path / "cards").exists()
+    assert not measured_files(tmp_path)
+
+
+def test_a_run_without_counts_is_refused(command, tmp_path):
+    (tmp_path / "study" / "separable-3e-3-4" / "token_counts.safetensors").unlink()
+    with pytest.raises(SystemExit, match="token_counts"):
+        language_study.main(command)
+    assert not (tmp_path / "cards").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+def run_of(seed, losses, perplexity=10.0, rare=1000.0, step=10, first=None):
+    """A run whose validation loss after every `step` steps is given."""
+    curve = [{"step": step * place, "loss": loss} for place, loss in enumerate(losses, 1)]
+    curve = ([] if first is None else [{"step": 0, "loss": first}]) + curve
+    test = {"perplexity": {"mean": perplexity}, "rare": {"perplexity": rare}}
+    return {"seed": seed, "validation": curve, "test": test}
+
+
+def test_perplexities_are_compared_seed_by_seed():
+    arm = [run_of(3, [5.0], 8.0, 600.0), run_of(1, [5.0], 9.0, 500.0), run_of(8, [5.0], 1.0, 1.0)]
+    reference = [run_of(1, [5.0], 10.0, 1000.0), run_of(3, [5.0], 16.0, 1000.0), run_of(9, [5.0], 7.0, 7.0)]
+    found = language_study.compare(arm, reference)
+    assert found["seeds"] == [3, 1]
+    half = 0.5**0.5
+    assert found["perplexity_ratio"] == pytest.approx({"mean": 0.7, "standard_deviation": 0.4 * half})  # 0.5 and 0.9
+    assert found["rare_perplexity_ratio"] == pytest.approx({"mean": 0.55, "standard_deviation": 0.1 * half})
+    one = language_study.compare(arm[:1], reference)
+    assert one["perplexity_ratio"] == {"mean": 0.5, "standard_deviation": 0.0}
+    assert language_study.compare(arm[2:], reference) == {
+        "perplexity_ratio": None,
+        "rare_perplexity_ratio": None,
+        "tokens_ratio": None,
+        "largest_lag": None,
+        "seeds": [],
+    }
+
+
+@pytest.mark.parametrize("missing", ["arm", "reference"])
+def test_without_a_rare_target_there_is_no_ratio_of_them(missing):
+    rare = {"arm": 3.0, "reference": 4.0} | {missing: None}
+    arm, reference = ([run_of(0, [5.0]), run_of(1, [5.0], rare=rare[name])] for name in ("arm", "reference"))
+    found = language_study.compare(arm, reference)
+    assert found["rare_perplexity_ratio"] is None
+    assert found["perplexity_ratio"]["mean"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arm", "reference", "ratio"),
+    [
+        ([6.0, 3.0, 2.0, 1.0], [7.0, 6.0, 5.0, 4.0], 40 / (10 + 10 * 2 / 3)),  # linear between two evaluations
+        ([6.0, 4.0, 2.0, 1.0], [7.0, 6.0, 5.0, 4.0], 2.0),  # just at one
+        ([3.0, 2.0, 2.0, 2.0], [7.0, 6.0, 5.0, 4.0], 4.0),  # the first
+        ([7.0, 6.0, 5.0, 4.5], [7.0, 6.0, 5.0, 4.0], None),  # never
+        ([6.0, 5.0, 4.0, 4.0], [6.0, 3.0, 5.0, 4.0], (10 + 10 * 2 / 3) / 30),  # the reference was there before
+        ([6.0, 2.0, 5.0, 5.0], [7.0, 6.0, 5.0, 4.0], 40 / 15),  # and lost it again
+    ],
+)
+def test_tokens_to_the_last_loss_of_the_reference(arm, reference, ratio):
+    found = language_study.compare([run_of(0, arm)], [run_of(0, reference)])["tokens_ratio"]
+    assert found == (ratio and pytest.approx({"mean": ratio, "standard_deviation": 0.0}))
+
+
+def test_tokens_of_several_seeds():
+    """Each against the last loss of its own seed; one that never gets there leaves no number."""
+    reference = [run_of(0, [6.0, 4.0]), run_of(1, [6.0, 5.0])]
+    arm = [run_of(0, [4.0, 3.0]), run_of(1, [6.0, 5.0])]
+    found = language_study.compare(arm, reference)["tokens_ratio"]
+    assert found == pytest.approx({"mean": 1.5, "standard_deviation": 0.5**0.5})
+    arm[1] = run_of(1, [6.0, 5.5])
+    assert language_study.compare(arm, reference)["tokens_ratio"] is None
+
+
+def test_what_got_worse_in_training_was_there_before():
+    worse = run_of(0, [6.0, 7.0], first=5.0)
+    assert language_study.compare([worse], [worse])["tokens_ratio"] is None
+
+
+def test_lag_is_the_greatest_at_equal_steps_late_in_training():
+    reference = run_of(0, [5.0] * 40, step=1)  # 5 % are two steps
+    ahead = [4.9] * 40
+    for losses, lag in [
+        (ahead, -0.1),
+        ([9.0, *ahead[1:]], -0.1),  # before 5 %
+        ([4.9, 5.3, *ahead[2:]], 0.3),  # just there
+        ([*ahead[:-1], 5.2], 0.2),  # at the end
+        ([4.9, 5.1, 4.9, 5.25, *ahead[4:]], 0.25),
+    ]:
+        found = language_study.compare([run_of(0, losses, step=1)], [reference])["largest_lag"]
+        assert found == pytest.approx({"mean": lag, "standard_deviation": 0.0}), losses[:4]
+
+
+@pytest.mark.parametrize("num", [20, 60, 140, 240, 280, 900])
+def test_a_twentieth_of_training_is_late_enough(num):
+    """Also where 0.05 times the steps, in floating point, is a little more than a twentieth."""
+    reference, arm = (run_of(0, [loss] + [5.0] * 19, step=num // 20) for loss in (5.0, 5.5))
+    assert language_study.compare([arm], [reference])["largest_lag"]["mean"] == pytest.approx(0.5)
+
+
+def test_lag_at_steps_in_common():
+    reference = run_of(0, [6.0, 5.0, 4.0, 3.0], step=10)
+    twice = run_of(0, [9.0, 6.2, 9.0, 5.1, 9.0, 4.0, 9.0, 3.0], step=5)
+    assert language_study.compare([twice], [reference])["largest_lag"]["mean"] == pytest.approx(0.2)
+    longer = run_of(0, [9.0, 3.5, 9.0], step=20)  # beyond 40 there is nothing to be compared with
+    assert language_study.compare([longer], [reference])["largest_lag"]["mean"] == pytest.approx(6.0 - 3.0 + 1.0)
+    assert language_study.compare([run_of(0, [3.0], step=7)], [reference])["largest_lag"] is None
+
+
+def test_lags_of_several_seeds():
+    reference = [run_of(0, [5.0, 4.0]), run_of(1, [5.0, 4.0])]
+    found = language_study.compare([run_of(1, [5.0, 4.3]), run_of(0, [5.1, 4.0])], reference)
+    assert found["largest_lag"] == pytest.approx({"mean": 0.2, "standard_deviation": 0.2 * 0.5**0.5})
+    assert found["seeds"] == [1, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- card
+
+
+def scored(mean, spread):
+    return {"mean": mean, "standard_deviation": spread}
+
+
+def record(x=0.0, seeds=(11, 12), rates=("3e-3", "7e-3"), day="2031-04-05T16:17:18+00:00", digit="8"):
+    """What language.json holds, as far as the card reads it; every number depends on x, or is given."""
+    high, whole = round(100 + 40 * x), round(1000 * x)
+    data = {"num_targets": 24_384 + whole, "num_bytes": 86_901 + whole, "context_length": 128 + whole}
+    run = {"steps": 1240 + whole, "tokens_per_step": 2048 + whole, "num_parameters": 2_345_678 + whole}
+    run |= {"test": {"data": data, "rare": {"low": 0, "high": high}}}
+    arms = {}
+    for place, name in enumerate(NAMES):
+        y = x + 0.17 * place
+        against = {
+            "perplexity_ratio": scored(0.931 + y, 0.0123 + y),
+            "rare_perplexity_ratio": scored(0.642 + y, 0.0345 + y),
+            "tokens_ratio": scored(1.273 + y, 0.0678 + y),
+            "largest_lag": scored(-0.0547 + y, 0.0219 + y),
+        }
+        runs = [run | {"seed": seed, "embedding_parameters": 987_654 + whole + 3 * place} for seed in seeds]
+        arms[name] = {
+            "num_parameters": 2_345_678 + whole + 5 * place,
+            "best": rates[place % len(rates)],
+            "tuning": dict.fromkeys(rates, 5.0),
+            "runs": runs,
+            "test": {
+                "perplexity": scored(137.613 + 10 * y, 1.2345 + y),
+                "bits_per_byte": scored(1.8642 + y, 0.0151 + y),
+                "rare_perplexity": scored(43_211 + 10_000 * y, 913 + 1000 * y),
+                "three_components": scored(0.2345 + 0.6 * y, 0.0111),
+            },
+            "against": {"lookup_tied": against, "separable": {key: scored(2.19 + y, 0.77 + y) for key in against}},
+        }
+    made = {
+        "command": f"python -m eval.study --config c{digit}1.yaml",
+        "commit": f"abc{digit}2",
+        "versions": {"torch": f"{digit}.91", "python": f"{digit}.92"},
+        "hardware": {"processor": f"Chip {digit}93", "cores": 640 + whole, "accelerator": None},
+    }
+    return {
+        "tune": "training.embedding_learning_rate",
+        "references": {"marginal_entropy": 6.5432 + x},
+        "arms": arms,
+        "references_of_arms": ["lookup_tied", "separable"],
+        "lags_from": 0.05 + x / 8,
+        "provenance": made,
+        "measured": {
+            "command": f"python -m eval.language_study --study s{digit}4",
+            "commit": f"f{digit}5",
+            "date": day,
+        },
+    }
+
+
+def rows_of(text):
+    """The cells of each table's rows, without its head."""
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [[line.strip("| ").split(" | ") for line in table.splitlines()[2:]] for table in tables]
+
+
+def test_the_card_shows_the_record():
+    found = record()
+    text = text_card.text_card(found, "pictures")
+    assert text == text_card.text_card(json.loads(json.dumps(found)), "pictures")
+    arms, tied, separable = rows_of(text)
+    assert arms[0] == [
+        *("separable", "2,345,678", "987,654", "3e-3", "137.61 ± 1.23", "1.8642 ± 0.0151", "43,211 ± 913", "23 %")
+    ]
+    assert [row[0] for row in arms] == ["separable", "lookup tied", "lookup untied"]
+    assert [row[3] for row in arms] == ["3e-3", "7e-3", "3e-3"]
+    # A reference is not compared with itself.
+    assert [row[0] for row in tied] == ["separable", "lookup untied"]
+    assert tied[0] == ["separable", "-6.9 ± 1.2 %", "-35.8 ± 3.5 %", "1.27 ± 0.07", "-0.055 ± 0.022"]
+    assert tied[1] == ["lookup untied", "+27.1 ± 35.2 %", "-1.8 ± 37.5 %", "1.61 ± 0.41", "+0.285 ± 0.362"]
+    assert [row[0] for row in separable] == ["lookup tied", "lookup untied"]
+    heads = re.findall(r"^\| arm .*", text, re.MULTILINE)
+    assert [len(head.strip("| ").split(" | ")) for head in heads] == [8, 5, 5]
+    assert "| embedding learning rate |" in heads[0]
+    for words in (
+        "its best embedding learning rate of the same 2.",
+        f"{1240 * 2048:,} tokens of training a run",
+        "over 2 seeds",
+        "1,240 steps of 2,048 tokens; test text of 24,384 tokens (86,901 bytes) in sequences of 128; seeds 11, 12.",
+        "seen at most 100 times",
+        "6.543 nat",
+        "Against lookup tied:",
+        "Against separable:",
+        "from 5 % of training on",
+        "```bash\npython -m eval.study --config c81.yaml\npython -m eval.language_study --study s84\n```",
+        "Chip 893, 640 cores, accelerator none; torch 8.91, python 8.92; commit abc82, measured at f85;\n2031-04-05",
+    ):
+        assert words in text
+
+
+def test_every_number_of_the_card_is_the_records():
+    """Of a record without a number in common, the card has none in common but those of names."""
+    other = record(0.413, (21, 26, 28), ("5e-4", "2e-4", "1e-4", "9e-4"), "2046-09-27T20:51:53+01:39", "7")
+    texts = [text_card.text_card(each, "pictures") for each in (record(), other)]
+    numbers = [set(re.findall(r"\d[\d,.]*(?<![.,])(?:e-?\d+)?", text)) for text in texts]
+    assert numbers[0] & numbers[1] == {"2.0", "2601.22040", "50"}  # licence, arXiv, the example's new tokens
+    assert min(map(len, numbers)) > 60
+
+
+def test_what_is_missing_is_said():
+    found = record()
+    separable = found["arms"]["separable"]
+    separable["test"]["rare_perplexity"] = None
+    against = separable["against"]["lookup_tied"]
+    against |= {"rare_perplexity_ratio": None, "tokens_ratio": None}
+    text = text_card.text_card(found, "pictures")
+    arms, tied, _ = rows_of(text)
+    assert [row[6] == MISSING for row in arms] == [True, False, False]
+    assert tied[0] == ["separable", "-6.9 ± 1.2 %", MISSING, "never", "-0.055 ± 0.022"]
+    assert text.count(MISSING) == 2
+    against |= {"perplexity_ratio": None, "largest_lag": None}
+    assert rows_of(text_card.text_card(found, "pictures"))[1][0] == ["separable", MISSING, MISSING, "never", MISSING]
+    found["references"], found["provenance"]["commit"] = {}, None
+    found["measured"] = {"commit": "f85", "changed_since_commit": True}
+    text = text_card.text_card(found, "pictures")
+    for words in (
+        f"{MISSING} nat",
+        f"commit {MISSING}, measured at f85 with uncommitted changes;",
+        f"\n{MISSING}\n```",
+    ):
+        assert words in text
+    assert "None" not in text
+
+
+def test_front_matter_is_yaml():
+    front = text_card.text_card(record(), "pictures").split("---\n")[1]
+    parsed = yaml.safe_load(front)
+    assert parsed["library_name"] == "transformers"
+    assert parsed["license"] == "apache-2.0"
+    assert parsed["tags"] == ["leviathan", "separable-neural-architecture", "text-generation"]
+
+
+def links(text):
+    return re.findall(r"^!\[[^\]]+\]\((.*)\)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("out", ["cards/text.md", "cards/text/card.md", "card.md", "elsewhere/deep/card.md"])
+def test_pictures_are_linked_from_where_the_card_is(tmp_path, monkeypatch, out):
+    write_json(tmp_path / "cards" / "text" / "language.json", record())
+    for picture in PICTURES:
+        (tmp_path / "cards" / "text" / picture).touch()
+    text_card.main(["--study", str(tmp_path / "cards/text/language.json"), "--out", str(tmp_path / out)])
+    found = links((tmp_path / out).read_text())
+    assert sorted(Path(link).name for link in found) == PICTURES
+    assert not any(Path(link).is_absolute() for link in found)
+    assert all(((tmp_path / out).parent / link).is_file() for link in found)
+    monkeypatch.chdir(tmp_path / "cards" / "text")
+    text_card.main(["--study", "language.json", "--out", "../text.md"])
+    assert links(Path("../text.md").read_text()) == [
+        f"text/{name}" for name in ("curves.png", "bands.png", "spectra.png")
+    ]
+
+
+def test_records_that_are_none_are_refused(tmp_path):
+    out = ["--out", str(tmp_path / "card.md")]
+    write_json(tmp_path / "empty.json", {})
+    for name, message in {"absent": r"absent\.json", "empty": "no entry 'arms'"}.items():
+        with pytest.raises(SystemExit, match=message):
+            text_card.main(["--study", str(tmp_path / f"{name}.json"), *out])
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(SystemExit, match="error"):
+        text_card.main(["--study", str(tmp_path / "broken.json"), *out])
+    content = record()
+    del content["lags_from"]
+    write_json(tmp_path / "old.json", content)
+    with pytest.raises(SystemExit, match="no entry 'lags_from'; write it with"):
+        text_card.main(["--study", str(tmp_path / "old.json"), *out])
+    assert not (tmp_path / "card.md").exists()
+
+
+def test_the_committed_card_is_what_its_record_generates():
+    """And neither is there without the other."""
+    written, made = CARDS / "leviathan_text.md", CARDS / "leviathan_text" / "language.json"
+    assert written.is_file() == made.is_file()
+    if made.is_file():
+        text = written.read_text(encoding="utf-8")
+        assert text == text_card.text_card(json.loads(made.read_text(encoding="utf-8")), "leviathan_text")
+        assert all((CARDS / link).is_file() for link in links(text))
