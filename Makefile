@@ -28,7 +28,8 @@ demo-short: .venv/.installed
 	$(BIN)/python -m eval.rollout --model runs/demo-short/model --data runs/demo-short/data.hdf5 \
 		--out runs/demo-short/results --num-trajectories 1 --num-steps 2 --samplings expectation
 
-# Text: TEXT is a folder with train, validation and test files (.jsonl, .jsonl.zst, .jsonl.gz, .parquet or .txt).
+# Text: TEXT is a folder with train, validation and test files (.jsonl, .jsonl.zst, .jsonl.gz, .parquet or .txt). For other
+# text or another vocabulary, start with `rm -rf runs/text`: what is there is taken as it is.
 TEXT ?= runs/text/data
 VOCABULARY ?= 8192
 TEXT_CONFIG := --config training/configs/text_tiny_cpu.yaml
@@ -49,10 +50,11 @@ runs/text/order_random.safetensors: runs/text/tokenizer/tokenizer.json
 
 # All embeddings under one body (hours on two cores; ARMS="--only ..." trains a part of them beside another process).
 STEPS ?= 240
+STUDY = runs/text/study-$(VOCABULARY)-$(STEPS)
 text-study: runs/text/order.safetensors runs/text/order_random.safetensors
-	$(BIN)/python -m eval.study $(TEXT_CONFIG) --arms training/configs/text_arms.yaml $(ARMS) --out runs/text/study-$(STEPS) \
-		--tune training.embedding_learning_rate=3e-3,1e-2,3e-2 --seeds 0 1 2 $(TEXT_DATA) \
-		--training.max_steps $(STEPS) --training.warmup_steps $$(($(STEPS) / 20)) --training.eval_steps $$(($(STEPS) / 20)) \
+	$(BIN)/python -m eval.study $(TEXT_CONFIG) --arms training/configs/text_arms.yaml $(ARMS) --out $(STUDY) \
+		--tune training.embedding_learning_rate=1e-3,3e-3,1e-2 --seeds 0 1 2 $(TEXT_DATA) \
+		--training.max_steps $(STEPS) --training.warmup_steps $$(($(STEPS) / 7)) --training.eval_steps $$(($(STEPS) / 20)) \
 		--training.save_steps $(STEPS) --training.logging_steps $$(($(STEPS) / 4)) --training.disable_tqdm true \
 		--training.dataloader_num_workers 0 --data.num_validation_sequences 96
 
@@ -80,7 +82,7 @@ card: .venv/.installed
 
 # The same for text, from what text-study left.
 text-card: .venv/.installed
-	$(BIN)/python -m eval.language_study --study runs/text/study-$(STEPS) --data "$(TEXT)/test*" \
+	$(BIN)/python -m eval.language_study --study $(STUDY) --data "$(TEXT)/test*" \
 		--draw separable_ordered_started separable_ordered separable lookup_untied lookup_tied lookup_untied_started \
 		--out model_cards/leviathan_text
 	$(BIN)/python -m eval.text_card --study model_cards/leviathan_text/language.json --out model_cards/leviathan_text.md

@@ -4,7 +4,8 @@
     python -m eval.generate --model PATH --prompts prompts.txt --batch-size 8 --out completions.jsonl
 
 Prompts come one a line from a file or standard input; a .jsonl file holds one {"prompt": "..."} a line, which may have
-several lines of text. Without --temperature, --top-k and --top-p every token is the likeliest one.
+several lines of text. Without --temperature, --top-k and --top-p every token is the likeliest one. As in training, a
+text begins with the token that separates documents.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from transformers import (
 
 import leviathan  # noqa: F401 -- registers the classes that the Auto classes look up
 from eval.likelihood import check_vocabulary, max_length
+from training.text import separator_id
 
 
 def read_prompts(path: Path | None) -> list[str]:
@@ -59,16 +61,21 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def encode_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    separator: bool = True,
 ) -> list[list[int]]:
-    """The token ids of each prompt.
+    """The token ids of each prompt, behind the separator of documents if there is to be one.
 
     Raises:
-        ValueError: If a prompt has no token, or with `max_new_tokens` more than the model has positions, or the
-            tokenizer has ids that the model does not have.
+        ValueError: If a prompt has no token, or with `max_new_tokens` more than the model has positions, the tokenizer
+            has ids that the model does not have, or no separator.
     """
     check_vocabulary(tokenizer, model)
-    encoded = [tokenizer.encode(prompt, verbose=False) for prompt in prompts]
+    first = [separator_id(tokenizer)] if separator else []
+    encoded = [first + tokenizer.encode(prompt, add_special_tokens=False, verbose=False) for prompt in prompts]
     for i, ids in enumerate(encoded, start=1):
         if not ids:
             raise ValueError(f"prompt {i} has no token; write something to continue.")
@@ -151,7 +158,7 @@ def run(args: argparse.Namespace) -> list[dict[str, str]]:
     streams = args.batch_size == 1 and args.num_beams == 1
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
     set_seed(args.seed)
-    encoded = encode_prompts(model, tokenizer, prompts, args.max_new_tokens)
+    encoded = encode_prompts(model, tokenizer, prompts, args.max_new_tokens, args.separator)
     completions = complete(model, tokenizer, encoded, args.batch_size, streamer, **options)
     records = []
     for prompt in prompts:
@@ -174,6 +181,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder of a trained model with its tokenizer")
     add("--prompts", type=Path, help="file of prompts, one a line, or .jsonl; default: standard input")
+    add("--no-separator", dest="separator", action="store_false", help="begin with the prompt itself")
     add("--max-new-tokens", type=int, default=100, help="default: %(default)s")
     add("--temperature", type=float, help="divides the logits")
     add("--top-k", type=int, help="samples among so many of the likeliest tokens")

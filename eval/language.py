@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -192,12 +193,6 @@ def steps_to_reach(curve: Sequence[Mapping[str, float]], loss: float) -> float |
         if value <= loss:
             return start + (step - start) * (above - loss) / (above - value)
     return None
-
-
-def tokens_to_reach(curve: Sequence[Mapping[str, float]], loss: float, tokens_per_step: int) -> float | None:
-    """As `steps_to_reach`, in tokens of training."""
-    steps = steps_to_reach(curve, loss)
-    return None if steps is None else steps * tokens_per_step
 
 
 def explained_variance(table: Tensor, num_components: int | None = 3, weights: np.ndarray | None = None) -> np.ndarray:
@@ -393,15 +388,15 @@ def _neighbours(
     return words
 
 
-def text_settings(args: argparse.Namespace, training: Mapping[str, Any], num_positions: int) -> TextSettings:
-    """What to read and how to cut it: as in training, unless the command says otherwise.
+def text_settings(args: argparse.Namespace, trained_on: Mapping[str, Any], num_positions: int) -> TextSettings:
+    """What to read and how to cut it: as in training, of whose `data` section this is, unless the command says else.
 
     Raises:
         ValueError: If neither names a text, or a sequence is longer than the model has positions.
     """
-    cut = {"context_length": args.context_length, "num_validation_sequences": args.num_sequences}
-    cut = {key: value for key, value in cut.items() if value is not None}
-    settings = {"context_length": num_positions} | dict(training.get("data") or {}) | cut
+    cut = {} if args.context_length is None else {"context_length": args.context_length}
+    cut["num_validation_sequences"] = sys.maxsize if args.num_sequences is None else args.num_sequences
+    settings = {"context_length": num_positions} | dict(trained_on) | cut
     if args.data is not None:
         settings = {"train": args.data, "validation": args.data} | settings | {"dataset": None, args.split: args.data}
     elif "train" not in settings:
@@ -424,12 +419,21 @@ def opened(
         OSError: If one of them cannot be read.
     """
     model, tokenizer = load(args.model, args.device, args.dtype)
-    record, beside = args.model / "training.json", args.model / "token_counts.safetensors"
-    training = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    settings = text_settings(args, training, max_length(model))
+    records = [args.model / name for name in ("training.json", "run.json")]
+    training, started = (json.loads(each.read_text(encoding="utf-8")) if each.is_file() else {} for each in records)
+    trained_on = training.get("data", {}) | started.get("settings", {}).get("data", {})  # whose paths are whole
+    settings = text_settings(args, trained_on, max_length(model))
+    beside = args.model / "token_counts.safetensors"
     path = args.counts or (beside if beside.is_file() else None)
     counts = None if path is None else read_counts(path, model.config.vocab_size)
-    return model, tokenizer, validation_sequences(settings, tokenizer, args.split), counts, training
+    try:
+        sequences = validation_sequences(settings, tokenizer, args.split)
+    except (ValueError, OSError) as error:
+        if args.data is not None or started:
+            raise
+        why = f"{args.model}/training.json has but names of files elsewhere, and no run.json beside it; give --data."
+        raise ValueError(f"{error} {why}") from error
+    return model, tokenizer, sequences, counts, training
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -474,7 +478,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", help="file, folder or glob of documents in place of the split's; default: those of the training")
     add("--split", choices=("validation", "test"), default="test", help="of the training's text; default: test")
     add("--context-length", type=int, help="tokens of a sequence; default: as in training, or all positions")
-    add("--num-sequences", type=int, help="only the first so many; default: as many as training validates on")
+    add("--num-sequences", type=int, help="only the first so many; default: all of the split")
     add("--counts", type=Path, help="token_counts.safetensors of the training; default: that beside the model")
     add("--words", nargs="+", help="whose nearest neighbours to give; default: tokens of all frequencies")
     add("--batch-size", type=int, default=8, help="sequences in one forward pass; default: %(default)s")

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from leviathan import LeviathanForCausalLM
+from training.tokenizer import num_ids
 
 LOGITS_AT_ONCE = 2**24  # logits of a Leviathan that exist at one time
 IGNORED = -100  # a target that is padding
@@ -138,7 +139,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
     Raises:
         ValueError: Naming both sizes.
     """
-    size = max(tokenizer.get_vocab().values()) + 1
+    size = num_ids(tokenizer)
     if size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {size} ids and the model {model.config.vocab_size} (vocab_size); take both from one "

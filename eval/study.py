@@ -9,20 +9,21 @@ seed; the value with the least validation loss then gets the other seeds. Writes
 Interrupted, it goes on where it stopped; with --only, several processes train an arm or two each.
 
 In the file of arms each has a name and its settings (`model.embedding_type: lookup`); with `same_parameters_as: ARM`
-one size of its model, `vary` (see training.sizes), is chosen so that it has as many parameters as that arm.
+one size of its model, `vary` or the first of them that will do (see training.sizes), is chosen so that it has as many
+parameters as that arm. A training that diverged has no loss and is worse than any other.
 """
 
 import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from math import isnan
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from training.provenance import provenance, relative, write_json
 from training.settings import Settings, load_yaml, read_settings
-from training.sizes import count_parameters, match_parameters, model_options
+from training.sizes import VARY, count_parameters, flags_of, match_parameters, model_options
 from training.train import allowed_keys, run
 
 NO_METRICS = {"step", "epoch", "runtime", "samples_per_second", "steps_per_second"}  # in an entry of validation
@@ -62,9 +63,9 @@ def read_arms(path: Path, config: Path, flags: Sequence[str]) -> Arms:
         if other not in arms:
             raise ValueError(f"{path}: {name} is to match {other!r}, which is none of {', '.join(arms)}.")
         target = count_parameters(model_options(config, [*flags, *arms[other]]))
-        vary = vary or "intermediate_size"
-        options = match_parameters(target, model_options(config, [*flags, *arms[name]]), vary)
-        arms[name] += [f"--model.{vary}", str(options[vary])]
+        options = model_options(config, [*flags, *arms[name]])
+        sizes = [vary] if isinstance(vary, str) else vary or VARY
+        arms[name] += flags_of(match_parameters(target, options, sizes), options)
     return arms
 
 
@@ -105,9 +106,9 @@ def study(
             return train_one(config, [*flags, *own, f"--{tune[0]}", value], out / f"{arm}-{value}-{seed}", seed)
 
         tuning = {value: trained(value, seeds[0]) for value in tune[1]}
-        best = min(tuning, key=lambda value: (isnan(tuning[value]["loss"]), tuning[value]["loss"]))
+        best = min(tuning, key=lambda value: inf if tuning[value]["loss"] is None else tuning[value]["loss"])
         runs = [tuning[best], *(trained(best, seed) for seed in seeds[1:])]
-        names = [name for name, value in runs[0].items() if isinstance(value, float)]
+        names = [name for name, value in runs[0].items() if isinstance(value, float | None)]
         found[arm] = {
             "settings": [relative(word) for word in own],
             "tuning": {value: each["loss"] for value, each in tuning.items()},
@@ -118,7 +119,8 @@ def study(
         }
     first = next(iter(found.values()))
     for arm in found.values():
-        arm["loss_ratio"] = arm["loss"]["mean"] / first["loss"]["mean"]
+        losses = arm["loss"], first["loss"]
+        arm["loss_ratio"] = None if None in losses else losses[0]["mean"] / losses[1]["mean"]
     return {
         "config": relative(config),
         "flags": [relative(flag) for flag in flags],
@@ -129,24 +131,30 @@ def study(
     }
 
 
-def summed_up(values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard deviation, the latter 0 for a single value."""
+def summed_up(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Mean and standard deviation, the latter 0 for a single value; None if a value is None, or there is none."""
+    if not values or None in values:
+        return None
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "standard_deviation": spread}
 
 
 def table(found: dict[str, Any]) -> str:
     """The arms as lines of text: means and standard deviations over the seeds."""
-    first = next(iter(found["arms"].values()))
-    names = [name for name, value in first.items() if isinstance(value, dict) and "mean" in value and name != "seconds"]
+    arms = found["arms"].values()
+    summed = (name for arm in arms for name, value in arm.items() if isinstance(value, dict) and "mean" in value)
+    names = [name for name in dict.fromkeys(summed) if name != "seconds"]
     head = "".join(f"{name:>18}" for name in names)
     lines = [f"{'arm':>24} {found['tune'].rpartition('.')[2]:>14} {'parameters':>12}{head} {'seconds':>9}  loss ratio"]
     for arm, each in found["arms"].items():
-        scores = [f"{each[n]['mean']:.4f} ± {each[n]['standard_deviation']:.4f}" for n in names]
+        scores = [
+            "-" if each[n] is None else f"{each[n]['mean']:.4f} ± {each[n]['standard_deviation']:.4f}" for n in names
+        ]
+        ratio = each["loss_ratio"]
         lines.append(
             f"{arm:>24} {each['best']:>14} {each['num_parameters']:>12,}"
             f"{''.join(f'{score:>18}' for score in scores)} "
-            f"{each['seconds']['mean']:>9.0f}  {each['loss_ratio']:.4f}"
+            f"{each['seconds']['mean']:>9.0f}  {'-' if ratio is None else format(ratio, '.4f')}"
         )
     references = ", ".join(f"{name} {value:.4f}" for name, value in found["references"].items())
     return "\n".join([*lines, references])

@@ -58,7 +58,8 @@ def build_embedding(config: LeviathanConfig) -> nn.Module:
     """The token embedding that ``config`` describes."""
     # CODEPATH: "separable" is Leviathan; the others are its controls: a table, factorised, or of digits alone.
     if config.embedding_type == "lookup":
-        return nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # Without padding_idx, which would hold a row at zero: it may be that of the token that ends a text.
+        return nn.Embedding(config.vocab_size, config.hidden_size)
     embedding = EMBEDDINGS[config.embedding_type]
     given = {name: getattr(config, f"embedding_{name}", None) for name in inspect.signature(embedding).parameters}
     options = {name: value for name, value in given.items() if value is not None}

@@ -8,6 +8,7 @@ import tracemalloc
 import warnings
 from collections import Counter
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -16,7 +17,11 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from training import documents as module
 from training.documents import Documents
+
+# Each of a file's broken records is one of those that a second warning counts.
+pytestmark = pytest.mark.filterwarnings("ignore:.* It is left out:UserWarning")
 
 
 def jsonl(texts):
@@ -103,6 +108,25 @@ def test_lines_across_chunks(tmp_path_factory, sizes, ending):
     texts = [str(i) * size for i, size in enumerate(sizes)]
     WRITERS[ending](path, texts)
     assert list(Documents(path)) == texts
+
+
+@given(st.lists(st.text(max_size=9).filter(lambda text: text.strip()), max_size=5), st.integers(1, 40), st.booleans())
+def test_lines_across_many_chunks(tmp_path_factory, texts, chunk_bytes, is_ended):
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    path.write_bytes(jsonl(texts) if is_ended else jsonl(texts).removesuffix(b"\n"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK_BYTES", chunk_bytes)
+        assert list(Documents(path)) == texts
+
+
+def test_frames_with_long_windows(tmp_path):
+    """What `zstd --long=28` declares in a frame's header, with one block that is not compressed."""
+    line = jsonl(["far back"])
+    frame = b"\x28\xb5\x2f\xfd" + bytes([0, (28 - 10) << 3]) + (len(line) << 3 | 1).to_bytes(3, "little") + line
+    with pytest.raises(zstandard.ZstdError, match="too much memory"):
+        zstandard.ZstdDecompressor().decompressobj().decompress(frame)
+    (tmp_path / "a.jsonl.zst").write_bytes(frame)
+    assert list(Documents(tmp_path)) == ["far back"]
 
 
 def test_another_column(tmp_path):
@@ -252,7 +276,14 @@ def test_broken_lines(tmp_path, line):
     documents = Documents(tmp_path, on_broken="skip")
     with pytest.warns(UserWarning, match=r"2 broken records left out; the first is .*a\.jsonl, line 3") as caught:
         assert list(documents) == ["one", "two", "four", "six", "b"]
-    assert (len(caught), documents.num_broken) == (1, 2)
+    assert (len(caught), documents.num_broken) == (2, 2)
+    texts = iter(documents)
+    with pytest.warns(UserWarning, match=r"a\.jsonl, line 3: .* It is left out, as more of that file") as caught:
+        assert list(itertools.islice(texts, 3)) == ["one", "two", "four"]
+    assert len(caught) == 1  # at once, and not for each
+    assert BROKEN_LINES[line] in str(caught[0].message)
+    with pytest.warns(UserWarning, match="2 broken records"):
+        assert list(texts) == ["six", "b"]
     with pytest.warns(UserWarning, match="1 broken records"):  # of those read so far
         assert list(itertools.islice(Documents(tmp_path, on_broken="skip"), 3)) == ["one", "two", "four"]
 
@@ -393,7 +424,34 @@ def test_record(tmp_path):
     record = Documents(tmp_path).record()
     assert record == {"files": {"a.jsonl": len(jsonl(["a"])), "deep/b.txt": 5}}
     hub = Documents("train", dataset=str(tmp_path / "deep")).record()
-    assert hub == {"dataset": str(tmp_path / "deep"), "split": "train", "num_shards": 1}
+    origin = {"dataset": str(tmp_path / "deep"), "config": None, "revision": None, "split": "train"}
+    assert hub == origin | {"num_shards": 1}
+
+
+def test_configurations_of_the_hub(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", [name])
+    entries = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("one", "two"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+    documents = Documents("train", dataset=str(tmp_path), dataset_config="two")
+    assert list(documents) == ["two"]
+    assert documents.record()["config"] == "two"
+    with pytest.raises(ValueError, match="one"):  # there is no default
+        Documents("train", dataset=str(tmp_path))
+    with pytest.raises(ValueError, match="three"):
+        Documents("train", dataset=str(tmp_path), dataset_config="three")
+
+
+def test_revisions_of_the_hub(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "train.jsonl", ["a"])
+    load, asked = datasets.load_dataset, []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **options: asked.append(options) or load(*a, **options))
+    documents = Documents("train", dataset=str(tmp_path), dataset_revision="v1")
+    assert (documents.record()["revision"], asked[0]["revision"]) == ("v1", "v1")
+    for options in ({"dataset_revision": "v1"}, {"dataset_config": "one"}):
+        with pytest.raises(ValueError, match="are of a dataset of the Hub; give its name, or leave them out"):
+            Documents(tmp_path, **options)
 
 
 def test_nothing_is_warned_of_without_cause(tmp_path):

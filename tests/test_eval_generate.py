@@ -41,7 +41,7 @@ def chosen(folder, choose, prompts=PROMPTS):
     """Completions token by token, of one prompt after the other."""
     model, tokenizer = generate.load(folder, "cpu", "auto")
     with torch.no_grad():
-        ids = [torch.tensor([tokenizer.encode(prompt)]) for prompt in prompts]
+        ids = [torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(prompt)]]) for prompt in prompts]
         made = [by_hand(model, each, NEW, choose)[0, each.shape[1] :] for each in ids]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in made]
 
@@ -55,6 +55,34 @@ def test_without_options_every_token_is_the_likeliest(command, folder, capsys):
         assert command("--batch-size", size) == expected
         assert capsys.readouterr().out == shown
     assert command("--top-k", 1) == expected
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_text_begins_with_the_separator(folder, begins):
+    """As documents in training, once, also if the tokenizer itself would write it; a bos token before an eos token."""
+    model, _ = generate.load(folder, "cpu", "auto")
+    tokenizer = bytes_tokenizer(begins)
+    plain = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in PROMPTS]
+    encoded = generate.encode_prompts(model, tokenizer, [*PROMPTS, ""], NEW)
+    assert encoded == [[tokenizer.eos_token_id, *ids] for ids in plain] + [[tokenizer.eos_token_id]]
+    assert generate.encode_prompts(model, tokenizer, PROMPTS, NEW, separator=False) == plain
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(7)
+    assert generate.encode_prompts(model, tokenizer, PROMPTS, NEW)[0] == [7, *plain[0]]
+    tokenizer.bos_token = tokenizer.eos_token = None
+    assert generate.encode_prompts(model, tokenizer, PROMPTS, NEW, separator=False) == plain
+    with pytest.raises(ValueError, match="neither a bos nor an eos token"):
+        generate.encode_prompts(model, tokenizer, PROMPTS, NEW)
+
+
+def test_the_separator_can_be_left_out(command, folder, tmp_path):
+    assert generate.parse(["--model", "m"]).separator
+    model, tokenizer = generate.load(folder, "cpu", "auto")
+    ids = torch.tensor([tokenizer.encode(PROMPTS[0])])
+    with torch.no_grad():
+        made = by_hand(model, ids, NEW, lambda scores, _: scores.argmax(-1))[0, ids.shape[1] :]
+    bare = command("--no-separator", prompts=PROMPTS[:1])
+    assert bare == [tokenizer.decode(made, skip_special_tokens=True)]
+    assert bare != command(prompts=PROMPTS[:1])
 
 
 def test_tokens_are_shown_as_they_come(command, tmp_path, monkeypatch):
@@ -85,7 +113,7 @@ def test_a_temperature_alone_samples_from_all_ids(command, folder):
 
 def test_beams_are_those_of_transformers(command, folder):
     model, tokenizer = generate.load(folder, "cpu", "auto")
-    ids = torch.tensor([tokenizer.encode(PROMPTS[1])])
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(PROMPTS[1])]])
     mask = torch.ones_like(ids)
     made = model.generate(ids, attention_mask=mask, num_beams=3, do_sample=False, max_new_tokens=NEW, eos_token_id=0)
     expected = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
@@ -154,9 +182,9 @@ def test_files_without_prompts_are_refused(tmp_path, name, content, message):
 def test_bad_input_is_refused_before_anything_is_written(command, folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.jsonl"
     with pytest.raises(ValueError, match=r"prompt 2 has 60 tokens, with 8 new ones 68; the model has 64 positions"):
-        command("--out", out, prompts=["The cat", "\x7f" * 60])
+        command("--out", out, prompts=["The cat", "\x7f" * 59])
     with pytest.raises(ValueError, match="prompt 1 has no token"):
-        command("--prompts", _written(tmp_path / "a.jsonl", '{"prompt": ""}'), "--out", out)
+        command("--no-separator", "--prompts", _written(tmp_path / "a.jsonl", '{"prompt": ""}'), "--out", out)
     larger = bytes_tokenizer()
     larger.add_tokens(["[one]", "[two]"])
     monkeypatch.setattr(generate.AutoTokenizer, "from_pretrained", lambda path: larger)

@@ -176,8 +176,6 @@ def test_steps_to_reach():
     assert language.steps_to_reach(falling, 3.0) == 400
     assert language.steps_to_reach(falling, 2.9) is None
     assert language.steps_to_reach([], 2.9) is None
-    assert language.tokens_to_reach(falling, 4.25, 1000) == pytest.approx(175_000)
-    assert language.tokens_to_reach(falling, 1.0, 1000) is None
 
 
 def test_the_first_crossing_counts():
@@ -308,15 +306,18 @@ def test_the_command(folder, tmp_path, capsys):
         *(f"{name}.png" for name in ("bands", "spectrum", "grid", "curve")),
     }
     text = [[TOKENIZER.eos_token_id, *TOKENIZER(text)["input_ids"]] for text in documents(2, 20)]
-    ids = torch.tensor([i for row in text for i in row])[: 12 * CONTEXT].view(12, CONTEXT)
+    ids = torch.tensor([i for row in text for i in row])
+    num = len(ids) // CONTEXT  # all that there is, though training validates on twelve
+    assert num > 12
+    ids = ids[: num * CONTEXT].view(num, CONTEXT)
     model = LeviathanForCausalLM.from_pretrained(folder / "model").eval()
     losses = token_losses(model, ids).double()
     targets = ids[:, 1:]
     num_bytes = language.token_bytes(TOKENIZER)[targets].sum()
     assert found["data"] == {
-        "num_sequences": 12,
+        "num_sequences": num,
         "context_length": CONTEXT,
-        "num_targets": 12 * (CONTEXT - 1),
+        "num_targets": num * (CONTEXT - 1),
         "num_bytes": num_bytes,
     }
     assert found["loss"]["mean"] == pytest.approx(losses.mean().item())
@@ -381,6 +382,25 @@ def test_documents_that_do_not_see_one_another(folder, tmp_path):
     separate, together = (token_losses(model, ids, 8, each).double().mean().item() for each in (positions, None))
     assert found["loss"]["mean"] == pytest.approx(separate)
     assert found["loss"]["mean"] != pytest.approx(together, rel=1e-6)
+
+
+def test_paths_are_those_of_the_run(folder, tmp_path):
+    """training.json has names alone of files outside of the folder where it ran; run.json, beside it, the paths."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    record = json.loads((folder / "model" / "training.json").read_text())
+    given = {split: record["data"][split] for split in ("train", "validation", "test")}
+    record["data"] |= {split: f"{split}.jsonl" for split in given}
+    (tmp_path / "model" / "training.json").write_text(json.dumps(record))
+    arguments = command(tmp_path, tmp_path / "out", "--num-sequences", 2)
+    with pytest.raises(SystemExit, match=r"(?s)test\.jsonl.*training.json has but names .* no run.json .* give --data"):
+        language.main(arguments)
+    (tmp_path / "model" / "run.json").write_text(json.dumps({"settings": {"data": given}}))
+    *_, sequences, _, _ = language.opened(language.parse(arguments))
+    assert len(sequences) == 2
+    assert len(sequences[0]["input_ids"]) == CONTEXT  # which training.json alone says
+    (tmp_path / "model" / "run.json").write_text(json.dumps({"settings": {"data": given | {"test": "nowhere.jsonl"}}}))
+    with pytest.raises(SystemExit, match=r"nowhere\.jsonl(?!.*has but names)"):
+        language.main(arguments)
 
 
 def file_of(**tensors):

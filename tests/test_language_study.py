@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from eval import language, language_study, study, text_card
 from eval.card import MISSING
@@ -61,6 +62,12 @@ def measured_files(folder):
 
 
 def test_command(command, tmp_path, capsys):
+    # What the first run read is what all are counted by: other counts would give other bands.
+    first, *others = (tmp_path / "study" / f"{name}-3e-3-{seed}" for name in NAMES for seed in (4, 7))
+    counts = load_file(first / "token_counts.safetensors")["counts"]
+    assert counts.sum() == 3 * 2 * 4 * 15  # steps, accumulated, sequences, targets of a sequence
+    for folder in others:
+        save_file({"counts": torch.full_like(counts, 5000)}, folder / "token_counts.safetensors")
     found = language_study.main(command)
     out = tmp_path / "cards" / "text"
     assert json.loads((out / "language.json").read_text()) == json.loads(json.dumps(found))
@@ -77,11 +84,9 @@ def test_command(command, tmp_path, capsys):
     assert found["references_of_arms"] == ["lookup_tied", "lookup_untied"]
     assert measured_files(tmp_path) == sorted(f"{name}-3e-3-{seed}" for name in NAMES for seed in (4, 7))
 
-    # By the command for a single model, with the counts of the study's first run.
-    first, other = (tmp_path / "study" / f"separable-3e-3-{seed}" / "token_counts.safetensors" for seed in (4, 7))
-    assert not load_file(first)["counts"].equal(load_file(other)["counts"])
-    one = ["--model", tmp_path / "study" / "lookup_tied-3e-3-7", "--counts", first, "--out", tmp_path / "one"]
-    alone = language.run(language.parse([*map(str, one), *command[2:4]]))
+    # By the command for a single model.
+    one = ["--model", tmp_path / "study" / "lookup_tied-3e-3-7", "--counts", first / "token_counts.safetensors"]
+    alone = language.run(language.parse([*map(str, [*one, "--out", tmp_path / "one"]), *command[2:4]]))
     test = found["arms"]["lookup_tied"]["runs"][1]["test"]
     assert test["data"] == alone["data"]
     for name in ("loss", "perplexity", "bits_per_byte"):
@@ -110,6 +115,7 @@ def test_command(command, tmp_path, capsys):
     assert itself["seeds"] == [4, 7]
     curve = [row["step"] for row in found["arms"]["separable"]["runs"][0]["validation"]]
     assert curve == [1, 2, 3]
+    assert {arm["order_tokens_read"] for arm in found["arms"].values()} == {0}
 
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith(tuple(NAMES))]
     for line, (name, arm) in zip(lines[-3:], found["arms"].items(), strict=True):
@@ -143,10 +149,10 @@ def test_what_was_measured_is_kept(command, tmp_path, monkeypatch, corpus):  # n
         tests.append(test | {"bits_per_byte": {"mean": float(len(tests))}})
         return tests[-1]
 
-    def measured(data=tmp_path / "test.jsonl", split="test"):
+    def measured(data=tmp_path / "test.jsonl", split="test", num=None):
         """Marks of what was measured, and whether that is what was found."""
-        start = len(tests)
-        found = language_study.sum_up(tmp_path / "study", str(data), split, ["separable"])["arms"]["separable"]
+        start, study = len(tests), tmp_path / "study"
+        found = language_study.sum_up(study, str(data), split, ["separable"], (), num)["arms"]["separable"]
         marks = [run["test"]["bits_per_byte"]["mean"] for run in found["runs"]]
         return marks == [each["bits_per_byte"]["mean"] for each in tests[start:]]
 
@@ -163,6 +169,8 @@ def test_what_was_measured_is_kept(command, tmp_path, monkeypatch, corpus):  # n
     (tmp_path / "test.jsonl").write_text("\n".join(lines[20:]))
     assert measured()
     assert not measured()
+    assert measured(num=3)
+    assert not measured(num=3)
     assert measured(split="validation")
     # One run alone.
     (tmp_path / "study" / "separable-3e-3-7" / "measured.json").unlink()
@@ -171,16 +179,57 @@ def test_what_was_measured_is_kept(command, tmp_path, monkeypatch, corpus):  # n
     assert len(tests) == count + 1
 
 
-def test_the_text_of_the_training(command, corpus, monkeypatch):  # noqa: F811
-    """Without --data; its paths are those of the folder in which it ran."""
+def test_the_text_of_the_training(command):
+    """Without --data, from another folder; all of it, or as much as training validates on."""
     arguments = [*command[:2], *command[4:]]
     with pytest.raises(SystemExit, match="no text for 'test'"):
         language_study.main(arguments)
-    monkeypatch.chdir(corpus)
-    found = language_study.main([*arguments, "--split", "validation"])
+    found = language_study.main([*arguments, "--split", "validation", "--num-sequences", "16"])
     for arm in found["arms"].values():
         for run in arm["runs"]:
             assert run["test"]["loss"]["mean"] == pytest.approx(run["validation"][-1]["loss"], rel=1e-5)
+            assert run["test"]["data"]["num_sequences"] == 16
+    found = language_study.sum_up(Path(arguments[1]), None, "validation", [])
+    assert found["arms"]["separable"]["runs"][0]["test"]["data"]["num_sequences"] > 16
+
+
+def test_a_run_that_diverged(command, tmp_path, capsys):
+    """Of its arm there are no scores; the others have theirs, and its counts still say what is rare."""
+    path = tmp_path / "study" / "study.json"
+    content = json.loads(path.read_text())
+    run = content["arms"]["separable"]["runs"][0]
+    run["loss"] = run["validation"][-1]["loss"] = None
+    write_json(path, content)
+    found = language_study.main(command)
+    arms = found["arms"]
+    assert arms["separable"]["runs"][0]["test"] is None
+    assert arms["separable"]["runs"][1]["test"]["loss"]["mean"] > 0
+    assert set(arms["separable"]["test"].values()) == {None}
+    assert arms["lookup_tied"]["test"]["loss"]["mean"] > 0
+    for name in ("perplexity_ratio", "rare_perplexity_ratio", "tokens_ratio", "largest_lag"):
+        assert arms["separable"]["against"]["lookup_tied"][name] is None
+    assert sorted(each.name for each in (tmp_path / "cards" / "text").glob("*.png")) == PICTURES
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("separable")]
+    assert lines[-1][2] == "diverged"
+    (row, *_), tied, _ = rows_of(text_card.text_card(found, "text"))
+    assert row[5:] == ["diverged", MISSING, MISSING, MISSING]
+    assert tied[0] == ["separable", MISSING, MISSING, "never", MISSING]
+
+
+def test_an_order_has_read_text(tmp_path):
+    order = tmp_path / "order.safetensors"
+
+    def run_with(order):
+        write_json(tmp_path / "run.json", {"settings": {"tokenizer": {"path": "t", "order": order}}})
+        return language_study.tokens_of_order(tmp_path)
+
+    assert run_with(None) == 0
+    assert run_with(str(order)) is None  # no record beside it
+    for method, read in (("factors", 1234), ("random", 0), ("identity", 0)):
+        write_json(tmp_path / "order.json", {"settings": {"method": method, "tokens_read": 1234}})
+        assert run_with(str(order)) == read
+    write_json(tmp_path / "run.json", {"settings": {"tokenizer": {"path": "t"}}})
+    assert language_study.tokens_of_order(tmp_path) == 0
 
 
 @pytest.mark.parametrize(
@@ -297,6 +346,13 @@ def test_a_twentieth_of_training_is_late_enough(num):
     assert language_study.compare([arm], [reference])["largest_lag"]["mean"] == pytest.approx(0.5)
 
 
+def test_an_evaluation_without_a_loss_is_left_out():
+    reference, arm = run_of(0, [6.0, None, 4.0]), run_of(0, [None, 5.5, 3.0])
+    found = language_study.compare([arm], [reference])
+    assert found["largest_lag"]["mean"] == pytest.approx(-1.0)
+    assert found["tokens_ratio"]["mean"] == pytest.approx(30 / (20 + 10 * 1.5 / 2.5))
+
+
 def test_lag_at_steps_in_common():
     reference = run_of(0, [6.0, 5.0, 4.0, 3.0], step=10)
     twice = run_of(0, [9.0, 6.2, 9.0, 5.1, 9.0, 4.0, 9.0, 3.0], step=5)
@@ -320,7 +376,7 @@ def scored(mean, spread):
     return {"mean": mean, "standard_deviation": spread}
 
 
-def record(x=0.0, seeds=(11, 12), rates=("3e-3", "7e-3"), day="2031-04-05T16:17:18+00:00", digit="8"):
+def record(x=0.0, seeds=(11, 12), rates=("3e-3", "7e-3", "4e-3"), day="2031-04-05T16:17:18+00:00", digit="8"):
     """What language.json holds, as far as the card reads it; every number depends on x, or is given."""
     high, whole = round(100 + 40 * x), round(1000 * x)
     data = {"num_targets": 24_384 + whole, "num_bytes": 86_901 + whole, "context_length": 128 + whole}
@@ -340,6 +396,7 @@ def record(x=0.0, seeds=(11, 12), rates=("3e-3", "7e-3"), day="2031-04-05T16:17:
             "num_parameters": 2_345_678 + whole + 5 * place,
             "best": rates[place % len(rates)],
             "tuning": dict.fromkeys(rates, 5.0),
+            "order_tokens_read": 11_308_689 + whole if place == 0 else 0,
             "runs": runs,
             "test": {
                 "perplexity": scored(137.613 + 10 * y, 1.2345 + y),
@@ -382,20 +439,25 @@ def test_the_card_shows_the_record():
     assert text == text_card.text_card(json.loads(json.dumps(found)), "pictures")
     arms, tied, separable = rows_of(text)
     assert arms[0] == [
-        *("separable", "2,345,678", "987,654", "3e-3", "137.61 ± 1.23", "1.8642 ± 0.0151", "43,211 ± 913", "23 %")
+        *("separable", "2,345,678", "987,654", "11,308,689", "3e-3 (edge)"),
+        *("137.61 ± 1.23", "1.8642 ± 0.0151", "43,211 ± 913", "23 %"),
     ]
     assert [row[0] for row in arms] == ["separable", "lookup tied", "lookup untied"]
-    assert [row[3] for row in arms] == ["3e-3", "7e-3", "3e-3"]
+    assert [row[3] for row in arms] == ["11,308,689", "none", "none"]
+    assert [row[4] for row in arms] == ["3e-3 (edge)", "7e-3 (edge)", "4e-3"]
     # A reference is not compared with itself.
     assert [row[0] for row in tied] == ["separable", "lookup untied"]
     assert tied[0] == ["separable", "-6.9 ± 1.2 %", "-35.8 ± 3.5 %", "1.27 ± 0.07", "-0.055 ± 0.022"]
     assert tied[1] == ["lookup untied", "+27.1 ± 35.2 %", "-1.8 ± 37.5 %", "1.61 ± 0.41", "+0.285 ± 0.362"]
     assert [row[0] for row in separable] == ["lookup tied", "lookup untied"]
     heads = re.findall(r"^\| arm .*", text, re.MULTILINE)
-    assert [len(head.strip("| ").split(" | ")) for head in heads] == [8, 5, 5]
+    assert [len(head.strip("| ").split(" | ")) for head in heads] == [9, 5, 5]
     assert "| embedding learning rate |" in heads[0]
     for words in (
-        "its best embedding learning rate of the same 2.",
+        "its best embedding learning rate of the same 3; all else that is set for training, the body's learning rate "
+        "too, is the same for all.",
+        "(edge): the least or greatest embedding learning rate tried was best;",
+        f"  up to {11_308_689 / (1240 * 2048):.1f} times the tokens",
         f"{1240 * 2048:,} tokens of training a run",
         "over 2 seeds",
         "1,240 steps of 2,048 tokens; test text of 24,384 tokens (86,901 bytes) in sequences of 128; seeds 11, 12.",
@@ -412,7 +474,7 @@ def test_the_card_shows_the_record():
 
 def test_every_number_of_the_card_is_the_records():
     """Of a record without a number in common, the card has none in common but those of names."""
-    other = record(0.413, (21, 26, 28), ("5e-4", "2e-4", "1e-4", "9e-4"), "2046-09-27T20:51:53+01:39", "7")
+    other = record(0.413, (21, 26, 28, 36, 37, 39), ("5e-4", "2e-4", "1e-4", "9e-4"), "2046-09-27T20:51:53+01:39", "7")
     texts = [text_card.text_card(each, "pictures") for each in (record(), other)]
     numbers = [set(re.findall(r"\d[\d,.]*(?<![.,])(?:e-?\d+)?", text)) for text in texts]
     assert numbers[0] & numbers[1] == {"2.0", "2601.22040", "50"}  # licence, arXiv, the example's new tokens
@@ -427,7 +489,7 @@ def test_what_is_missing_is_said():
     against |= {"rare_perplexity_ratio": None, "tokens_ratio": None}
     text = text_card.text_card(found, "pictures")
     arms, tied, _ = rows_of(text)
-    assert [row[6] == MISSING for row in arms] == [True, False, False]
+    assert [row[7] == MISSING for row in arms] == [True, False, False]
     assert tied[0] == ["separable", "-6.9 ± 1.2 %", MISSING, "never", "-0.055 ± 0.022"]
     assert text.count(MISSING) == 2
     against |= {"perplexity_ratio": None, "largest_lag": None}
@@ -442,6 +504,30 @@ def test_what_is_missing_is_said():
     ):
         assert words in text
     assert "None" not in text
+
+
+def test_an_order_without_a_record_and_arms_without_an_order():
+    found = record()
+    found["arms"]["separable"]["order_tokens_read"] = None
+    text = text_card.text_card(found, "pictures")
+    assert rows_of(text)[0][0][3] == MISSING
+    assert f"up to {MISSING} times" in text
+    found["arms"]["separable"]["order_tokens_read"] = 0
+    assert "had more text" not in text_card.text_card(found, "pictures")
+
+
+def test_a_best_value_within_what_was_tried_is_no_edge():
+    arm = {"best": "1e-2", "tuning": {"3e-2": 5.0, "1e-2": 5.0, "3e-3": 5.0}}
+    assert not text_card.at_edge(arm)
+    assert text_card.at_edge(arm | {"best": "3e-2"})
+    assert not text_card.at_edge({"best": "1e-2", "tuning": {"1e-2": 5.0}})
+    assert not text_card.at_edge({"best": "dense", "tuning": {"dense": 5.0, "digits": 5.0}})
+    found = record()
+    for arm in found["arms"].values():
+        arm["best"] = "4e-3"
+    assert "edge" not in text_card.text_card(found, "pictures")
+    found["tune"] = "training.learning_rate"
+    assert "of the same 3; all else that is set for training is the same" in text_card.text_card(found, "pictures")
 
 
 def test_front_matter_is_yaml():

@@ -44,6 +44,29 @@ def test_arms_are_tuned_and_seeded_alike(command, tmp_path, capsys, monkeypatch)
     assert again["arms"] == found["arms"]
 
 
+def test_a_training_that_diverged_is_the_worst(command, tmp_path, capsys, monkeypatch):
+    """Its loss is no number in JSON; the other trainings are summed up all the same."""
+    losses = {("dense", "1e-3", 0): None, ("dense", "3e-3", 0): 9.0, ("dense", "3e-3", 1): 8.0}
+    losses |= {("digits", "1e-3", 0): 4.0, ("digits", "3e-3", 0): None, ("digits", "1e-3", 1): None}
+
+    def train_one(config, flags, folder, seed):
+        arm, _, rest = folder.name.partition("-")
+        loss = losses[arm, rest.rpartition("-")[0], seed]
+        sizes = {"steps": 2, "tokens_per_step": 8, "num_parameters": 100, "embedding_parameters": 10}
+        return {"seed": seed, "loss": loss, "seconds": 2.0, "validation": [], "references": {}} | sizes
+
+    monkeypatch.setattr(study, "train_one", train_one)
+    arms = study.main(command)["arms"]
+    assert arms["dense"]["best"] == "3e-3"
+    assert arms["dense"]["tuning"] == {"1e-3": None, "3e-3": 9.0}
+    assert arms["dense"]["loss"]["mean"] == 8.5
+    assert arms["digits"]["best"] == "1e-3"
+    assert arms["digits"]["loss"] is arms["digits"]["loss_ratio"] is None
+    assert json.loads((tmp_path / "study" / "study.json").read_text())["arms"]["digits"]["loss"] is None
+    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("digits")]
+    assert line == ["digits", "1e-3", "100", "-", "2", "-"]
+
+
 @pytest.mark.parametrize("bad", ["model.output_head", "output_head=dense", "model.output_head="])
 def test_bad_values_are_refused(command, bad, capsys):
     with pytest.raises(SystemExit):
@@ -79,6 +102,18 @@ def test_arms_of_a_file_and_a_part_of_them(command, tmp_path):
     assert abs(counts["table_larger"] - counts["generated"]) <= layers / 2
     curve = found["arms"]["table"]["runs"][0]["validation"]
     assert [sorted(row) for row in curve] == [["loss", "nrmse", "step"]]
+
+
+def test_sizes_of_an_arm_are_tried_in_turn(command, tmp_path):
+    """One layer of that width is too large already."""
+    file = tmp_path / "arms.yaml"
+    file.write_text(
+        "small: {model.num_hidden_layers: 1}\n"
+        "narrow: {model.hidden_size: 128, same_parameters_as: small, vary: [num_hidden_layers, hidden_size]}\n"
+    )
+    found = study.read_arms(file, tmp_path / "run.yaml", ["--training.output_dir", str(tmp_path)])["narrow"]
+    assert found[::2] == ["--model.hidden_size", "--model.hidden_size", "--model.intermediate_size"]
+    assert int(found[3]) < 128
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from training import train
 from training.settings import read_settings
+from training.text_task import TextTrainer
 from training.tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +127,9 @@ def test_resumed_equals_unbroken_training(settings, tmp_path, monkeypatch, worke
 
 def test_two_processes_resume_each_in_its_own_place(settings, tmp_path):
     """With gloo: both read on where they stood, and the counts are those of both."""
-    settings["training"] |= {"ddp_backend": "gloo", "gradient_accumulation_steps": 1, "resume_from_checkpoint": True}
+    del settings["training"]["gradient_accumulation_steps"]
+    settings["training"] |= {"sequences_per_step": 8, "ddp_backend": "gloo", "resume_from_checkpoint": True}
+    settings["training"]["ddp_find_unused_parameters"] = False  # as in the configs of the Pile
     file, folder = tmp_path / "run.yaml", Path(settings["training"]["output_dir"])
     file.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -147,6 +150,40 @@ def test_two_processes_resume_each_in_its_own_place(settings, tmp_path):
     assert again[:2] == whole[:2]
     assert torch.equal(again[2], whole[2])
     assert whole[2].sum() == 12 * 2 * 4 * 15  # steps, processes, sequences, targets of a sequence
+
+
+def test_a_checkpoint_is_whole_when_the_last_process_has_written(settings, monkeypatch):
+    """All wait for one another before one writes the state by which a checkpoint is known to be whole."""
+    folder, seen = Path(settings["training"]["output_dir"]) / "checkpoint-6", []
+    save = TextTrainer._save_rng_state
+
+    def saved(self, output_dir):
+        with monkeypatch.context() as patch:
+            wait = type(self.accelerator).wait_for_everyone
+            names = ("stream-0.json", "token_counts-0.safetensors", "trainer_state.json")
+            patch.setattr(
+                type(self.accelerator),
+                "wait_for_everyone",
+                lambda own: (seen.append([(folder / name).exists() for name in names]), wait(own)),
+            )
+            save(self, output_dir)
+
+    monkeypatch.setattr(TextTrainer, "_save_rng_state", saved)
+    train.run(copied(settings, max_steps=6))
+    assert seen == [[True, True, False]]
+    assert not list(folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_row_of_the_separator_is_learned_though_it_is_the_padding(settings, tied):
+    settings["model"] |= {"embedding_type": "lookup", "tie_word_embeddings": tied, "pad_token_id": 0}
+    parts = train.build(copied(settings))
+    assert parts.task.tokenizer.eos_token_id == parts.model.config.pad_token_id
+    before = parts.model.get_input_embeddings().weight[0].clone()
+    assert before.abs().min() > 0
+    train.run(copied(settings, max_steps=2, weight_decay=0.0))
+    after = AutoModelForCausalLM.from_pretrained(settings["training"]["output_dir"]).get_input_embeddings().weight[0]
+    assert (after - before).abs().min() > 0
 
 
 def test_it_learns_and_what_it_saves_loads(settings, corpus):

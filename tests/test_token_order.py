@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from sna_core import SeparableEmbedding
-from training import assignment, token_order
-from training.assignment import Method, assign, order_quality, short_path
+from training import assignment, token_order, train
+from training.assignment import CONTROLS, Method, assign, order_quality, short_path
+from training.settings import read_settings
 from training.token_order import OrderSettings, cooccurrence, factors, load_order, ppmi, save_order
 from training.tokenizer import train_bpe
 
@@ -321,7 +322,8 @@ def config(tmp_path_factory):
     content = {
         "data": {"kind": "text", "train": str(folder / "train.jsonl"), "validation": str(folder / "train.jsonl")},
         "tokenizer": {"path": str(folder / "tokenizer")},
-        "model": {"hidden_size": 32},
+        "model": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+        "training": {"max_steps": 1, "use_cpu": True},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
     return folder / "config.yaml"
@@ -351,9 +353,29 @@ def test_command_groups_words_of_a_subject(config, tmp_path, capsys):
     assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()
 
 
+@pytest.mark.parametrize("method", CONTROLS)
+def test_controls_read_no_text(config, tmp_path, capsys, method):
+    out = tmp_path / "order.safetensors"
+    flags = ["--config", str(config), "--out", str(out), "--method", method, "--seed", "3"]
+    found = token_order.main([*flags, "--data.train", "nowhere.jsonl"])
+    assert json.loads((tmp_path / "order.json").read_text()) == json.loads(json.dumps(found))
+    assert found.keys() == {"settings", "provenance"}
+    assert (found["settings"]["tokens_read"], found["settings"]["tokens_seen"]) == (0, 0)
+    assert f"2 digits of base 18, {method}; no text was read" in capsys.readouterr().out
+    loaded = load_order(out, 307)
+    assert loaded.factors.shape == (307, 0)
+    rows = np.random.default_rng(0).standard_normal((307, 4))
+    np.testing.assert_array_equal(loaded.order, assign(rows, np.ones(307), 18, 2, method, 3))  # as with factors
+    settings = read_settings(config, ["--tokenizer.order", str(out)], train.allowed_keys())
+    assert torch.equal(train.build(settings).model.model.embed_tokens.token_order, loaded.order)
+    settings["tokenizer"]["start"] = "factors"
+    with pytest.raises(ValueError, match=r"order\.safetensors holds none: .*take an order of another --method"):
+        train.build(settings)
+
+
 def test_digits_are_the_models_unless_given(config, tmp_path):
     out = tmp_path / "order.safetensors"
-    flags = ["--config", str(config), "--out", str(out), "--dim", "4", "--method", "random"]
+    flags = ["--config", str(config), "--out", str(out), "--dim", "4", "--method", "spectral"]
     assert token_order.main(flags)["settings"]["base"] == 18
     chosen = token_order.main([*flags, "--model.embedding_base", "7", "--model.vocab_size", "340"])["settings"]
     assert (chosen["base"], chosen["num_digits"], chosen["vocab_size"]) == (7, 3, 340)
@@ -373,12 +395,29 @@ def test_digits_are_the_models_unless_given(config, tmp_path):
         (["--data.trian", "x"], "did you mean 'train'"),
         (["--tokenizer.path", "nowhere/at/all"], "no folder with a tokenizer"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data.kind", "fields"], r"data\.kind = 'fields'; an order is made for a run on text"),
+        (["--data.kind", "null"], r"data\.kind = None; an order"),
+        (["--data.stride", "2"], r"data\.stride is no setting of a run on text"),
+        (["--data.context_length", "1"], "context_length = 1"),
+        (["--model.vocab_size", "306"], r"model\.vocab_size = 306 is less than the 307 tokens"),
     ],
 )
 def test_command_refuses(config, tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message):
         token_order.main(["--config", str(config), "--out", str(tmp_path / "order.safetensors"), *flags])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "message"),
+    [("data", "train", "not complete: .*'train'"), ("tokenizer", "path", "not complete: .*'path'")],
+)
+def test_command_needs_whole_settings(config, tmp_path, section, key, message):
+    content = yaml.safe_load(config.read_text())
+    del content[section][key]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit, match=message):
+        token_order.main(["--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "order.safetensors")])
 
 
 @pytest.mark.parametrize("name", ["num_tokens", "window", "dim"])

@@ -1,17 +1,20 @@
 """The byte-level BPE: any text comes back, ids are where they should be, tiktoken's encodings cut as tiktoken does."""
 
 import base64
+import hashlib
 import json
 
+import datasets
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training import tokenizer
-from training.tokenizer import load_tokenizer, main, train_bpe
+from training.tokenizer import O200K_SHA256, O200K_SPECIAL, load_tokenizer, main, num_ids, train_bpe
 
 TEXTS = [
     "the flow turns and falls apart",
@@ -32,6 +35,16 @@ def bpe():
 @pytest.fixture(scope="module")
 def tiktoken_file(tmp_path_factory):
     return write_ranks(tmp_path_factory.mktemp("ranks") / "small.tiktoken", RANKS)
+
+
+@pytest.fixture
+def small_o200k(monkeypatch, tiktoken_file):
+    """The encoding with few ranks: what is behind them moves up."""
+    offset = len(RANKS) - 199_998
+    special = {id_ + offset: token for id_, token in O200K_SPECIAL.items()}
+    monkeypatch.setattr(tokenizer, "O200K_SPECIAL", special)
+    monkeypatch.setattr(tokenizer, "O200K_SHA256", hashlib.sha256(tiktoken_file.read_bytes()).hexdigest())
+    return special
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +117,36 @@ def test_command(corpus, tmp_path):
     record = json.loads((out / "tokenizer_training.json").read_text())
     assert (record["train"], record["num_documents"]) == ("texts.jsonl", len(TEXTS))
     assert record["num_characters"] == sum(map(len, TEXTS))
+    assert (record["num_broken"], record["num_empty"]) == (0, 0)
     main([*flags, "--max-documents", "2"])  # over the one before
     assert AutoTokenizer.from_pretrained(out).get_vocab() == train_bpe(TEXTS[:2], 270).get_vocab()
     assert [path.name for path in out.parent.iterdir()] == ["tokenizer"]
+
+
+@pytest.mark.filterwarnings("ignore:.* It is left out:UserWarning")
+def test_command_skips_broken_records(corpus, tmp_path):
+    out = tmp_path / "tokenizer"
+    corpus.write_text(corpus.read_text() + '\n{]\n{"content": " "}\n')
+    flags = ["--train", str(corpus), "--column", "content", "--vocab-size", "270", "--out", str(out)]
+    with pytest.raises(SystemExit, match=r"line 10: it is no JSON"):
+        main(flags)
+    with pytest.warns(UserWarning, match="1 broken records left out"):
+        main([*flags, "--on-broken", "skip"])
+    record = json.loads((out / "tokenizer_training.json").read_text())
+    assert (record["num_documents"], record["num_broken"], record["num_empty"]) == (len(TEXTS), 1, 1)
+
+
+def test_command_reads_datasets(corpus, tmp_path, monkeypatch):
+    asked = []
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **options: asked.append((a, options)) or load(a[0], **options)
+    )
+    flags = ["--train", "train", "--dataset", str(tmp_path), "--dataset-config", "one", "--dataset-revision", "v1"]
+    main([*flags, "--column", "content", "--vocab-size", "270", "--out", str(tmp_path / "tokenizer")])
+    assert asked == [((str(tmp_path), "one"), {"split": "train", "revision": "v1", "streaming": True})]
+    record = json.loads((tmp_path / "tokenizer" / "tokenizer_training.json").read_text())
+    assert (record["dataset_config"], record["dataset_revision"]) == ("one", "v1")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +155,7 @@ def test_command(corpus, tmp_path):
         ({"--train": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"--column": "text"}, "text"),
         ({"--max-documents": "0"}, "holds no text"),
+        ({"--dataset-config": "one"}, "dataset_config = 'one'"),
         ({"--vocab-size": "100"}, "vocab_size = 100"),
     ],
 )
@@ -149,15 +190,34 @@ def test_special_tokens_follow_the_ranks(converted, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == converted.get_vocab()
 
 
-def test_o200k_is_that_of_tiktoken(monkeypatch, converted):
+def test_o200k_is_that_of_tiktoken(monkeypatch, small_o200k, tiktoken_file, tmp_path):
     asked = []
     for module in (tiktoken_ext.openai_public, tokenizer):
         monkeypatch.setattr(
             module, "load_tiktoken_bpe", lambda url, expected_hash: asked.append((url, expected_hash)) or RANKS
         )
-    assert tiktoken_ext.openai_public.o200k_base()["pat_str"] == tokenizer.O200K_PATTERN
-    assert load_tokenizer("o200k_base").get_vocab() == converted.get_vocab()
-    assert asked[0] == asked[1]
+    theirs = tiktoken_ext.openai_public.o200k_base()
+    assert theirs["pat_str"] == tokenizer.O200K_PATTERN
+    ours = {token: id_ for id_, token in O200K_SPECIAL.items()}
+    assert ours == theirs["special_tokens"] | {"<|padding|>": max(theirs["special_tokens"].values()) + 1}
+    found = load_tokenizer("o200k_base")
+    assert asked == [(tokenizer.O200K_URL, O200K_SHA256), (tokenizer.O200K_URL, tokenizer.O200K_SHA256)]
+    vocabulary = found.get_vocab()
+    assert small_o200k.items() <= {id_: token for token, id_ in vocabulary.items()}.items()
+    assert sorted(vocabulary.values()) == list(range(num_ids(found))) == list(range(len(RANKS) + 22))
+    assert sum(token.startswith("<|reserved_") for token in vocabulary) == 1 + 18
+    assert (found.eos_token, found.eos_token_id) == (found.bos_token, found.bos_token_id)
+    assert (found.eos_token_id, found.pad_token_id) == (len(RANKS) + 1, len(RANKS) + 21)
+    assert load_tokenizer(tiktoken_file).get_vocab() == vocabulary  # a file that holds the same
+    found.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == vocabulary
+
+
+def test_ids_are_counted_to_the_greatest():
+    gaps = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 7}, unk_token="a")))
+    assert (len(gaps), num_ids(gaps)) == (2, 8)
+    gaps.add_tokens(["c"])
+    assert num_ids(gaps) == max(gaps.get_vocab().values()) + 1 >= 8
 
 
 def test_o200k_out_of_reach(monkeypatch):

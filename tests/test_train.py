@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -266,6 +267,64 @@ def test_processes_that_do_not_know_of_each_other_are_refused(settings, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")  # as launchers set it
     with pytest.raises(ValueError, match="2 processes were launched and 1 joined"):
         train.build(copied(settings))
+
+
+def test_several_gpus_of_one_process_are_refused(settings, monkeypatch):
+    monkeypatch.setattr(train.TrainingSettings, "n_gpu", property(lambda args: 2))
+    with pytest.raises(ValueError, match=r"sees 2 GPUs; launch one process a GPU: accelerate launch --multi_gpu"):
+        train.run(copied(settings))
+    assert not Path(settings["training"]["output_dir"]).exists()
+    assert train.run(copied(settings), dry_run=True)["tokens_per_step"] == 4 * 32  # of a process
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_items_of_a_step_are_those_of_all_processes(settings, monkeypatch, processes):
+    monkeypatch.setattr(train.TrainingSettings, "world_size", property(lambda args: processes))
+    monkeypatch.setattr("training.trainer.os", SimpleNamespace(environ={"WORLD_SIZE": str(processes)}))
+    args = train.build_arguments(copied(settings, sequences_per_step=24))
+    assert args.gradient_accumulation_steps == 6 // processes
+    plan = train.run(copied(settings, sequences_per_step=24), dry_run=True)
+    assert plan["tokens_per_step"] == 24 * 32
+    for number in (0, 2, 24 + 4 * processes - 1):
+        with pytest.raises(ValueError, match=f"= {number} is no multiple of the {4 * processes} that {processes} proc"):
+            train.build_arguments(copied(settings, sequences_per_step=number))
+    with pytest.raises(ValueError, match="leave one of them out"):
+        train.build_arguments(copied(settings, sequences_per_step=24, gradient_accumulation_steps=6))
+
+
+def test_items_of_a_step_are_accumulated(settings, tmp_path):
+    train.run(copied(settings, output_dir=str(tmp_path / "one"), max_steps=2, eval_steps=2))
+    two = copied(settings, output_dir=str(tmp_path / "two"), max_steps=2, eval_steps=2, sequences_per_step=4)
+    two["training"]["per_device_train_batch_size"] = 1
+    train.run(two)
+    same_training(tmp_path / "two", tmp_path / "one")
+
+
+def test_bfloat16_that_is_emulated_is_not_taken(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert train.build_arguments(copied(settings, bf16="auto")).bf16 is has
+
+
+def test_a_run_that_diverged_has_a_record(settings, monkeypatch):
+    """Losses that are no numbers are null; the rest of the evaluation stands."""
+    settings["training"] |= {"max_steps": 2, "eval_steps": 1, "save_strategy": "no"}
+    loop = FieldTrainer.evaluation_loop
+
+    def evaluated(self, *args, **options):
+        output = loop(self, *args, **options)
+        output.metrics["eval_loss"] = [1.5, float("nan")][self.state.global_step - 1]
+        output.metrics["eval_nrmse"] = float("inf")
+        return output
+
+    monkeypatch.setattr(FieldTrainer, "evaluation_loop", evaluated)
+    report = train.run(copied(settings))
+    written = json.loads((Path(settings["training"]["output_dir"]) / "training.json").read_text())
+    assert written == json.loads(json.dumps(report, allow_nan=False))
+    assert [row["loss"] for row in written["validation"]] == [1.5, None]
+    assert [row["nrmse"] for row in written["validation"]] == [None, None]
+    assert all(row["runtime"] > 0 for row in written["validation"])
 
 
 def test_evaluation_has_the_precision_of_training(settings, monkeypatch):

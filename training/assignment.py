@@ -17,6 +17,7 @@ from sna_core.codebooks import fit_codebooks, sum_codebooks
 from sna_core.digits import digit_layout, to_digits
 
 Method = Literal["kmeans", "transport", "spectral", "random", "identity"]
+CONTROLS = ("random", "identity")  # the methods that look at no factors
 
 NUM_SWEEPS = 25  # ten more would explain about 0.1 % of the variance more
 BLOCK = 1024  # positions that tokens exchange at one time; the time grows with its square, the gain hardly
@@ -55,7 +56,8 @@ def assign(
     every cluster. `transport` goes on from there with all digits together: in turn the best codebooks, and an
     assignment of tokens to positions at less weighted distance. Both end with a renumbering of each digit's values
     along a short path, so that neighbouring ones are alike. `spectral` sorts the tokens along the direction of largest
-    variance alone. `random` and `identity` are controls.
+    variance alone. `random` and `identity` are controls: they look at neither counts nor factors, and these may be
+    `(V, 0)`.
 
     Where there are more positions than tokens, the free ones are spread over the grid; `identity` leaves them at the
     end. The time grows a little faster than the number of tokens, the memory as that of the factors.
@@ -74,22 +76,22 @@ def assign(
     """
     if method not in get_args(Method):
         raise ValueError(f"method = {method!r}; expected one of {', '.join(get_args(Method))}.")
-    vectors, weights = _centred(factors, counts)
-    num_tokens, num_positions = len(vectors), _num_positions(len(vectors), base, num_digits)
+    num_tokens, num_positions = len(factors), _num_positions(len(factors), base, num_digits)
     generator = np.random.default_rng(seed)
     if method == "identity":
         return np.arange(num_tokens)
+    if method == "random":
+        positions = np.sort(generator.choice(num_positions, num_tokens, replace=False))
+        return positions[np.argsort(generator.permutation(num_tokens))]
+    vectors, weights = _centred(factors, counts)
     if method in ("kmeans", "transport"):
         digits = _digit_by_digit(vectors, weights, base, num_digits, generator)
         if method == "transport":
             digits = _all_digits(vectors, weights, digits, base, generator)
         return _along_paths(vectors, weights, digits, base)
     positions = np.sort(generator.choice(num_positions, num_tokens, replace=False))
-    if method == "spectral":
-        variance = (vectors * weights[:, None]).T @ vectors
-        tokens = np.argsort(vectors @ np.linalg.eigh(variance)[1][:, -1], kind="stable")
-    else:
-        tokens = generator.permutation(num_tokens)
+    variance = (vectors * weights[:, None]).T @ vectors
+    tokens = np.argsort(vectors @ np.linalg.eigh(variance)[1][:, -1], kind="stable")
     order = np.empty(num_tokens, np.int64)
     order[tokens] = positions
     return order

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 2**17  # read at a time
 PARQUET_ROWS = 256  # decoded at a time
+MAX_WINDOW_BYTES = 2**31  # of a zstd frame, the most that the format's own tool writes (--ultra --long=31)
 # What readers raise on a file that is truncated or of another kind.
 _DAMAGE = (EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, OSError)
 
@@ -55,14 +56,16 @@ class Documents:
     of the Hub that `datasets` cannot read always raises. Texts of nothing but white space are left out and counted.
 
     Attributes:
-        num_empty: Empty documents met so far, by all iterations.
-        num_broken: Broken records met so far, by all iterations.
+        num_empty: Empty documents met so far, by all iterations; to be set by who goes on from where another was left.
+        num_broken: Broken records, likewise.
 
     Args:
         source: A file, a folder (with those inside it) or a glob; with `dataset`, one of its splits.
         dataset: Name on the Hub, or what else `datasets.load_dataset` reads.
+        dataset_config: Name of one of its configurations.
+        dataset_revision: Branch, tag or commit of it.
         column: Name of the text in a record.
-        on_broken: `"raise"`, or `"skip"` with one warning a file.
+        on_broken: `"raise"`, or `"skip"` with a warning at the first of a file, and their number at its end.
         share: (i, n), the i-th of n disjoint shares, which hold every document once: every n-th file or shard of the
             Hub, or every n-th record if there are fewer than n of them.
 
@@ -77,6 +80,8 @@ class Documents:
         source: str | Path,
         *,
         dataset: str | None = None,
+        dataset_config: str | None = None,
+        dataset_revision: str | None = None,
         column: str = "text",
         on_broken: Literal["raise", "skip"] = "raise",
         share: tuple[int, int] = (0, 1),
@@ -88,7 +93,15 @@ class Documents:
             raise ValueError(f"share = {share}; expected (i, n) with 0 <= i < n.")
         self.on_broken, self.share = on_broken, share
         self.num_empty = self.num_broken = 0
-        self._source = _Files.of(source, column) if dataset is None else _Hub.of(dataset, str(source), column)
+        if dataset is not None:
+            self._source = _Hub.of(dataset, dataset_config, str(source), dataset_revision, column)
+        elif dataset_config is not None or dataset_revision is not None:
+            raise ValueError(
+                f"dataset_config = {dataset_config!r} and dataset_revision = {dataset_revision!r} are of a dataset of "
+                "the Hub; give its name, or leave them out for local files."
+            )
+        else:
+            self._source = _Files.of(source, column)
         self._every = (0, 1)  # (i, n): every n-th record from the i-th on
         if len(self._source) >= count:
             self._source = self._source.shard(index, count)
@@ -123,7 +136,10 @@ class Documents:
                         reason = f"{name}, {row.place}: {error}"
                         if self.on_broken == "raise":
                             raise ValueError(f"{reason}. Mend the file, or go on with on_broken='skip'.") from error
-                        num_broken, first = num_broken + 1, first or reason
+                        if not num_broken:  # the end of a large file may be days away
+                            first = reason
+                            warnings.warn(f"{first}. It is left out, as more of that file will be.", stacklevel=2)
+                        num_broken += 1
                         self.num_broken += 1
                         continue
                     if not text or text.isspace():
@@ -163,29 +179,30 @@ def _of_column(record: Any, column: str) -> Any:
 class _Hub:
     """The records of a streamed dataset."""
 
-    def __init__(self, name: str, split: str, column: str, stream: "datasets.IterableDataset"):
-        self.name, self.split, self.column, self.stream = name, split, column, stream
+    def __init__(self, origin: dict[str, Any], column: str, stream: "datasets.IterableDataset"):
+        self.origin, self.column, self.stream = origin, column, stream
 
     @classmethod
-    def of(cls, name: str, split: str, column: str) -> "_Hub":
+    def of(cls, name: str, config: str | None, split: str, revision: str | None, column: str) -> "_Hub":
         import datasets  # only those who ask for it should wait for it
 
-        return cls(name, split, column, datasets.load_dataset(name, split=split, streaming=True))
+        origin = {"dataset": name, "config": config, "revision": revision, "split": split}
+        return cls(origin, column, datasets.load_dataset(name, config, split=split, revision=revision, streaming=True))
 
     def __len__(self) -> int:
         return self.stream.num_shards
 
     def shard(self, index: int, count: int) -> "_Hub":
-        return _Hub(self.name, self.split, self.column, self.stream.shard(count, index, contiguous=False))
+        return _Hub(self.origin, self.column, self.stream.shard(count, index, contiguous=False))
 
     def record(self) -> dict[str, Any]:
-        return {"dataset": self.name, "split": self.split, "num_shards": len(self)}
+        return self.origin | {"num_shards": len(self)}
 
     def open(self, position: Position | None) -> Iterator[tuple[str, Iterator[_Row]]]:
         position = position or {"row": 0, "stream": None}
         if position.keys() != {"row", "stream"}:
             raise ValueError(f"position = {position} is none in a dataset of the Hub; start from the beginning.")
-        yield f"{self.name} ({self.split})", self._rows(**position)
+        yield f"{self.origin['dataset']} ({self.origin['split']})", self._rows(**position)
 
     def _rows(self, row: int, stream: dict[str, Any] | None) -> Iterator[_Row]:
         own = self.stream.shard(1, 0)  # all of it, with a state that no other iteration moves
@@ -264,12 +281,16 @@ def _unreadable(error: Exception) -> None:
 
 def _lines(chunks: Callable[[IO[bytes]], Iterable[bytes]], path: Path, first: int, column: str) -> Iterator[bytes]:
     def lines() -> Iterator[bytes]:
-        rest = b""
+        begun: list[bytes] = []  # joined once, however many chunks a line is long
         with path.open("rb") as file:
             for chunk in chunks(file):
-                *whole, rest = (rest + chunk).split(b"\n")
-                yield from whole
-        if rest:
+                end, *more = chunk.split(b"\n")
+                begun.append(end)
+                if more:
+                    yield b"".join(begun)
+                    yield from more[:-1]
+                    begun = more[-1:]
+        if rest := b"".join(begun):
             yield rest
 
     return itertools.islice(lines(), first, None)
@@ -285,7 +306,7 @@ def _unzipped(file: IO[bytes]) -> Iterator[bytes]:
 
 def _unpacked(file: IO[bytes]) -> Iterator[bytes]:
     # Not zstandard's stream_reader, to which a truncated file looks like one that has come to its end.
-    decompressor, frame, rest = zstandard.ZstdDecompressor(), None, b""
+    decompressor, frame, rest = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES), None, b""
     while chunk := rest or file.read(CHUNK_BYTES):
         frame = frame or decompressor.decompressobj()
         yield frame.decompress(chunk)

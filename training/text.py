@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 GROUP_CHARACTERS = 2**18  # of documents that are made tokens in one call
 
 Item = dict[str, Any]
+Place = dict[str, Any]  # in the laid out documents; small, and fit for JSON
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +36,15 @@ class TextSettings:
     Attributes:
         kind: What is trained on.
         dataset: Name of a dataset on the Hub. None reads local files.
+        dataset_config: Name of one of its configurations.
+        dataset_revision: Branch, tag or commit of it. None is what the Hub has when it is asked.
         train: Files, folder or glob (see `training.documents.Documents`), or the split of `dataset`, for training.
         validation: The same for validation.
         test: The same for test, if there is one.
         column: Name of the text in a record.
         context_length: Tokens of a sequence.
-        shuffle_buffer: Sequences of a block that is given out in random order; 1 keeps the order of the source.
+        shuffle_buffer: Sequences of a block that is given out in random order; 1 keeps the order of the source. A text
+            that has fewer is shuffled epoch by epoch.
         shuffle_seed: Seed of these orders.
         separate_documents: Whether a token sees its own document alone. If not, it sees the whole sequence up to it.
         on_broken: `"raise"` on records that cannot be read, or `"skip"` them.
@@ -52,6 +56,8 @@ class TextSettings:
 
     kind: Literal["text"] = "text"
     dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
     train: str
     validation: str
     test: str | None = None
@@ -81,7 +87,15 @@ class TextSettings:
         source = {"train": self.train, "validation": self.validation, "test": self.test}.get(split)
         if source is None:
             raise ValueError(f"there is no text for {split!r}; give data.{split}.")
-        return Documents(source, dataset=self.dataset, column=self.column, on_broken=self.on_broken, share=share)
+        return Documents(
+            source,
+            dataset=self.dataset,
+            dataset_config=self.dataset_config,
+            dataset_revision=self.dataset_revision,
+            column=self.column,
+            on_broken=self.on_broken,
+            share=share,
+        )
 
 
 def separator_id(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -105,28 +119,34 @@ def document_positions(input_ids: np.ndarray, separator: int) -> np.ndarray:
     return place - np.maximum.accumulate(np.where(input_ids == separator, place, 0))
 
 
-def _groups(documents: Documents, position: Position | None) -> Iterator[tuple[list[str], list[Position | None]]]:
-    texts, positions, size = [], [], 0
+def _place(documents: Documents, position: Position | None) -> Place:
+    return {"documents": position, "num_broken": documents.num_broken, "num_empty": documents.num_empty}
+
+
+def _groups(documents: Documents, position: Position | None) -> Iterator[tuple[list[str], list[Place]]]:
+    texts, places, size = [], [], 0
+    before = _place(documents, position)
     for document in documents.iterate(position):
         texts.append(document.text)
-        positions.append(position)
-        position, size = document.following, size + len(document.text)
+        places.append(before)
+        before, size = _place(documents, document.following), size + len(document.text)
         if size >= GROUP_CHARACTERS:
-            yield texts, positions
-            texts, positions, size = [], [], 0
+            yield texts, places
+            texts, places, size = [], [], 0
     if texts:
-        yield texts, positions
+        yield texts, places
 
 
 def encoded_documents(
     documents: Documents, tokenizer: "PreTrainedTokenizerBase", position: Position | None = None
-) -> Iterator[tuple[np.ndarray, Position | None]]:
-    """Each document from `position` on, as separator and tokens `(n,)` int32, with the position before it.
+) -> Iterator[tuple[np.ndarray, Place]]:
+    """Each document from `position` on, as separator and tokens `(n,)` int32, with the place before it.
 
-    A text that spells a special token out does not become one: a separator within a document would be another's begin.
+    A place is that position, and how many broken records and empty documents were met before it. A text that spells a
+    special token out does not become one: a separator within a document would be another's begin.
     """
     separator = separator_id(tokenizer)
-    for texts, positions in _groups(documents, position):  # one call for each text would be slow
+    for texts, places in _groups(documents, position):  # one call for each text would be slow
         encoded = tokenizer(
             texts,
             add_special_tokens=False,
@@ -135,7 +155,7 @@ def encoded_documents(
             return_token_type_ids=False,
             verbose=False,  # no warning of documents longer than a context: they are cut
         )
-        for ids, before in zip(encoded["input_ids"], positions, strict=True):
+        for ids, before in zip(encoded["input_ids"], places, strict=True):
             yield np.array([separator, *ids], np.int32), before
 
 
@@ -145,19 +165,20 @@ def packed_sequences(
     context_length: int,
     *,
     endless: bool = False,
-    start: Position | None = None,
-) -> Iterator[tuple[np.ndarray, Position]]:
+    start: Place | None = None,
+) -> Iterator[tuple[np.ndarray, Place]]:
     """Cuts the documents, laid end to end, into sequences `(context_length,)` int32, each with the place after it.
 
     `endless` begins again with the first document after the last, and cuts across; otherwise the tokens after the last
     whole sequence are left out. A place, from which a later call can `start`, is the number of the epoch, the position
-    of a document and how many of its tokens were used.
+    of a document, how many of its tokens were used, and what was left out before it, in all epochs.
 
     Raises:
         ValueError: As `documents`; if `start` is not of them; if they are endless and shorter than one sequence.
     """
-    start = start or {"epoch": 0, "documents": None, "used": 0}
+    start = {"epoch": 0, "used": 0} | _place(documents, None) | (start or {})
     epoch, position, used = start["epoch"], start["documents"], start["used"]
+    documents.num_broken, documents.num_empty = start["num_broken"], start["num_empty"]
     rest = np.empty(0, np.int32)
     while True:
         num_tokens = 0
@@ -168,7 +189,7 @@ def packed_sequences(
             tokens, begin = np.concatenate([rest, ids[used:]]), used - len(rest)
             stop = len(tokens) - len(tokens) % context_length
             for end in range(context_length, stop + 1, context_length):
-                place = {"epoch": epoch, "documents": before, "used": begin + end}
+                place = {"epoch": epoch, "used": begin + end} | before
                 yield tokens[end - context_length : end].copy(), place  # a view would keep the whole document
             rest, used = tokens[stop:], 0
         if used:
@@ -187,6 +208,24 @@ def packed_sequences(
         epoch, position = epoch + 1, None
 
 
+def _with_begins(
+    sequences: Iterator[tuple[np.ndarray, Place]], size: int, epoch: int | None
+) -> Iterator[tuple[np.ndarray, Place, bool]]:
+    """Each sequence with its place, and whether it begins a block; `epoch` is that of the sequence before.
+
+    A block has `size` sequences. One that holds its epoch from the beginning ends with it: filled up from the next it
+    would hold some documents twice, and leave others for later.
+    """
+    count, is_whole = size, False
+    for ids, place in sequences:
+        is_new = place["epoch"] != epoch
+        begins = count == size or (is_whole and is_new)
+        if begins:
+            count, is_whole = 0, is_new
+        count, epoch = count + 1, place["epoch"]
+        yield ids, place, begins
+
+
 class TextStream(IterableDataset):
     """The endless stream of training sequences of one process, shared out among the workers of its DataLoader.
 
@@ -194,8 +233,8 @@ class TextStream(IterableDataset):
     which restart at every separator; and `stream`, the state after it, which `collate` keeps of a batch's last item.
 
     Worker w of W of process r of R reads share (r W + w, R W) of the documents, over and over. Its sequences are taken
-    in blocks of `shuffle_buffer`; block n is given out in the order of a permutation seeded by (shuffle_seed, seed, r,
-    w, n), and read while the block before is given out.
+    in blocks of `shuffle_buffer`, or of an epoch if that has fewer; block n is given out in the order of a permutation
+    seeded by (shuffle_seed, seed, r, w, n), and read while the block before is given out.
 
     To go on where a run was left, `record(batch.pop("stream"))` every batch that was used, keep `state_dict()`, and
     give it to the `load_state_dict` of a new stream. A new DataLoader then yields the batches that would have come.
@@ -255,18 +294,25 @@ class TextStream(IterableDataset):
     ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         state = state or {"block": 0, "given": 0, "start": None}
         block, done, start = state["block"], state["given"], state["start"]
-        size = max(1, self.settings.shuffle_buffer)
-        source = packed_sequences(documents, self.tokenizer, self.settings.context_length, endless=True, start=start)
-        current = list(itertools.islice(source, size))
+        packed = packed_sequences(documents, self.tokenizer, self.settings.context_length, endless=True, start=start)
+        source = _with_begins(packed, max(1, self.settings.shuffle_buffer), start and start["epoch"])
+        following, ahead = [], next(source)
         while True:
+            while not (following and ahead[2]):  # what is left to be read of the block
+                following.append(ahead)
+                ahead = next(source)
+            current, following = following, []
             seeds = (self.settings.shuffle_seed, self.seed, self.rank, worker, block)
-            order, end, following = np.random.default_rng(seeds).permutation(size), current[-1][1], []
+            order, end = np.random.default_rng(seeds).permutation(len(current)), current[-1][1]
             for given, index in enumerate(order, 1):
-                following.append(next(source))
-                (ids, _), current[index] = current[index], None  # one in for one out
+                if not (following and ahead[2]):
+                    following.append(ahead)
+                    ahead = next(source)
+                (ids, _, _), current[index] = current[index], None  # one in for one out
                 if given > done:
-                    yield ids, {"block": block, "given": given, "start": start}
-            current, block, done, start = following, block + 1, 0, end
+                    left_out = {name: ahead[1][name] for name in ("num_broken", "num_empty")}
+                    yield ids, {"block": block, "given": given, "start": start} | left_out
+            block, done, start = block + 1, 0, end
 
     @staticmethod
     def collate(items: list[Item]) -> dict[str, Any]:
@@ -290,6 +336,13 @@ class TextStream(IterableDataset):
         self._num_workers = place["num_workers"]
         self._states[str(place["worker"])] = place["state"]
         self._num_batches += 1
+
+    def left_out(self) -> dict[str, int]:
+        """`num_broken` and `num_empty` documents that were met up to the batches recorded so far, by this process.
+
+        That is in all epochs, and counts what was read ahead into the next blocks.
+        """
+        return {name: sum(state[name] for state in self._states.values()) for name in ("num_broken", "num_empty")}
 
     def _fixed(self) -> dict[str, int]:
         names = ("context_length", "shuffle_buffer", "shuffle_seed")

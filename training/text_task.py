@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 
 from leviathan import LeviathanConfig, LeviathanForCausalLM
 from sna_core.digit_embedding import DigitEmbedding
-from training.provenance import relative
+from training.provenance import relative, write_text
 from training.settings import Settings
 from training.text import TextSettings, TextStream, validation_sequences
 from training.token_order import load_order
-from training.tokenizer import load_tokenizer
+from training.tokenizer import load_tokenizer, num_ids
 from training.trainer import LeviathanTrainer, TrainingSettings, marginal_entropy
 
 
@@ -87,8 +87,9 @@ class TextTrainer(LeviathanTrainer):
     def _save_rng_state(self, output_dir: str) -> None:  # of each process, and before the state that ends a checkpoint
         super()._save_rng_state(output_dir)
         stream, counts = _state_files(Path(output_dir), self.args.process_index)
-        stream.write_text(json.dumps(self.train_dataset.state_dict()), encoding="utf-8")
+        write_text(stream, json.dumps(self.train_dataset.state_dict()))
         save_file({"counts": self.counts}, counts)
+        self.accelerator.wait_for_everyone()  # what one process writes next says that the checkpoint of all is whole
 
     def resume_data(self, checkpoint: Path) -> None:
         """Goes on where this process stood.
@@ -112,8 +113,14 @@ class TextTrainer(LeviathanTrainer):
                 save_file({"counts": counts}, Path(output_dir or self.args.output_dir) / "token_counts.safetensors")
 
     def report(self) -> dict[str, Any]:
-        """Seconds that the model waited for text, since the last start."""
-        return {"seconds_waited_for_data": self.seconds_waited}
+        """Seconds that the model waited for text, since the last start; documents left out, of those read so far.
+
+        The latter are of all processes and epochs, read ahead for the next blocks among them.
+        """
+        found = self.train_dataset.left_out()
+        counts = torch.tensor([found["num_broken"], found["num_empty"]], device=self.args.device)
+        broken, empty = self.accelerator.reduce(counts).tolist()
+        return {"seconds_waited_for_data": self.seconds_waited, "documents_broken": broken, "documents_empty": empty}
 
 
 def _state_files(checkpoint: Path, process: int) -> tuple[Path, Path]:
@@ -175,14 +182,14 @@ class TextTask:
         """
         sizes = {"max_position_embeddings": self.data.context_length} | given
         if "vocab_size" not in given:
-            sizes["vocab_size"] = len(self.tokenizer)
+            sizes["vocab_size"] = num_ids(self.tokenizer)
         if self._tokenizer is not None:
             sizes = {
                 name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
             } | sizes
-            if sizes["vocab_size"] < len(self.tokenizer):
+            if sizes["vocab_size"] < num_ids(self.tokenizer):
                 raise ValueError(
-                    f"model.vocab_size = {sizes['vocab_size']} is less than the {len(self.tokenizer)} tokens of "
+                    f"model.vocab_size = {sizes['vocab_size']} is less than the {num_ids(self.tokenizer)} tokens of "
                     f"{self.given.path}; leave it out, or make it at least as large."
                 )
         if sizes["max_position_embeddings"] < self.data.context_length:
@@ -215,6 +222,11 @@ class TextTask:
             return
         embedding, kind = model.get_input_embeddings(), model.config.embedding_type
         found = load_order(self.given.order, model.config.vocab_size)
+        if self.given.start == "factors" and not found.factors.numel():
+            raise ValueError(
+                f"tokenizer.start = 'factors', and {self.given.order} holds none: its order is made without a look at "
+                "text. Leave start out, or take an order of another --method."
+            )
         if isinstance(embedding, DigitEmbedding):
             embedding.set_token_order(found.order)
             if self.given.start == "factors":
@@ -244,4 +256,4 @@ class TextTask:
         for split in ("train", "validation", "test"):
             if data["dataset"] is None and data[split]:
                 data[split] = relative(data[split])
-        return {"data": data, "tokenizer": relative(self.given.path), "vocab_size": len(self.tokenizer)}
+        return {"data": data, "tokenizer": relative(self.given.path), "vocab_size": num_ids(self.tokenizer)}

@@ -5,7 +5,8 @@
 Tokens are described by the company they keep: counts of which stand near which in the training text, their positive
 pointwise mutual information, and its leading factors (Levy, Goldberg and Dagan 2015). `training.assignment` lays the
 factors out on the grid of digits. The file holds order and factors; a JSON file beside it says how good they are, and
-shows some tokens of some digits. Base and number of digits are those of the model that the config describes.
+shows some tokens of some digits. Base and number of digits are those of the model that the config describes. The
+methods `random` and `identity`, which are controls, read no text: their file holds no factors, and nothing is measured.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import scipy.sparse as sparse
@@ -27,14 +28,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sna_core.digits import digit_layout, to_digits
-from training.assignment import Method, assign, order_quality
+from training.assignment import CONTROLS, Method, assign, order_quality
 from training.provenance import provenance, relative, write_json
-from training.settings import Settings, read_settings
-from training.text import TextSettings, encoded_documents, separator_id
-from training.tokenizer import load_tokenizer
+from training.settings import read_settings
+from training.text import encoded_documents, separator_id
+from training.trainer import TrainingSettings
+
+if TYPE_CHECKING:
+    from training.text_task import TextTask  # which itself reads orders
 
 CHUNK_TOKENS = 2**20
-MAX_PAIRS = 2**26  # 1 GiB of counts
+MAX_PAIRS = 2**26  # 9 GiB at the peak, which is in `ppmi`: some 150 bytes a pair
 OVERSAMPLING, NUM_POWER_ITERATIONS = 16, 6
 EXAMPLE_VALUES, EXAMPLE_TOKENS = 12, 12
 
@@ -76,7 +80,7 @@ class TokenOrder:
 
     Attributes:
         order: The position of each token, whose digits stand for it: (V,) int64, all distinct.
-        factors: What the order was made from: (V, d) float32.
+        factors: What the order was made from: (V, d) float32, with d = 0 if from nothing.
     """
 
     order: Tensor
@@ -273,8 +277,14 @@ def examples(
     return found
 
 
-def run(settings: Settings, out: str | Path, options: OrderSettings) -> dict[str, Any]:
-    """Makes the order for the text, tokenizer and model of `settings`, and writes it: what the JSON file says of it.
+def run(task: "TextTask", model: dict[str, Any], out: str | Path, options: OrderSettings) -> dict[str, Any]:
+    """Makes the order for text and tokenizer of a task, and writes it: what the JSON file says of it.
+
+    Args:
+        task: A run on text.
+        model: The model's settings.
+        out: File to write.
+        options: How the order is made.
 
     Raises:
         ValueError: If something in the settings does not fit.
@@ -282,21 +292,48 @@ def run(settings: Settings, out: str | Path, options: OrderSettings) -> dict[str
     """
     if Path(out).suffix != ".safetensors":
         raise ValueError(f"the order is to be written to {out}; expected a name that ends in .safetensors.")
-    tokenizer = load_tokenizer(settings["tokenizer"]["path"])
-    model = settings["model"]
-    vocab_size = model.get("vocab_size") or len(tokenizer)
+    tokenizer = task.tokenizer
+    vocab_size = task.model_options(model)["vocab_size"]
     base, num_digits = digit_layout(
         vocab_size,
         model.get("embedding_base") if options.base is None else options.base,
         model.get("embedding_num_digits") if options.num_digits is None else options.num_digits,
     )
-    text = TextSettings(**settings["data"])
+    chosen = dataclasses.asdict(options) | {
+        "base": base,
+        "num_digits": num_digits,
+        "vocab_size": vocab_size,
+        "tokenizer": relative(task.given.path),
+    }
+    if options.method in CONTROLS:
+        rows, measured = np.empty((vocab_size, 0)), {}
+        order = assign(rows, np.zeros(vocab_size), base, num_digits, options.method, options.seed)
+        chosen |= {"tokens_read": 0, "tokens_seen": 0}
+    else:
+        rows, counts, num_tokens = describe_tokens(task, vocab_size, options)
+        order, shuffled = (
+            assign(rows, counts, base, num_digits, method, options.seed) for method in (options.method, "random")
+        )
+        chosen |= {"tokens_read": num_tokens, "tokens_seen": int((counts > 0).sum())}
+        measured = {
+            "quality": dataclasses.asdict(order_quality(rows, counts, order, base, num_digits)),
+            "quality_of_random_order": dataclasses.asdict(order_quality(rows, counts, shuffled, base, num_digits)),
+            "examples": examples(tokenizer, counts, order, base, num_digits),
+        }
+    found = {"settings": chosen} | measured | {"provenance": provenance(options.seed)}
+    save_order(out, order, rows, chosen)
+    write_json(Path(out).with_suffix(".json"), found)
+    return found
+
+
+def describe_tokens(task: "TextTask", vocab_size: int, options: OrderSettings) -> tuple[np.ndarray, np.ndarray, int]:
+    """Factors `(V, dim)` and counts `(V,)` of the tokens in the text of training, and how many tokens were read."""
     num_tokens = 0
 
     def sequences() -> Iterator[np.ndarray]:
         nonlocal num_tokens
         with tqdm(total=options.num_tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
-            for ids, _ in encoded_documents(text.documents("train"), tokenizer):
+            for ids, _ in encoded_documents(task.data.documents("train"), task.tokenizer):
                 ids = ids[: options.num_tokens - num_tokens]
                 num_tokens += len(ids)
                 bar.update(len(ids))
@@ -304,34 +341,16 @@ def run(settings: Settings, out: str | Path, options: OrderSettings) -> dict[str
                 if num_tokens >= options.num_tokens:
                     return
 
-    near = cooccurrence(sequences(), vocab_size, options.window, separator_id(tokenizer))
-    rows = factors(ppmi(near), options.dim, options.seed)
-    counts = near.sum(1)  # weighted by distance; a separator has none
-    order = assign(rows, counts, base, num_digits, options.method, options.seed)
-    chosen = dataclasses.asdict(options) | {
-        "base": base,
-        "num_digits": num_digits,
-        "vocab_size": vocab_size,
-        "tokens_read": num_tokens,
-        "tokens_seen": int((counts > 0).sum()),
-        "tokenizer": relative(settings["tokenizer"]["path"]),
-    }
-    shuffled = assign(rows, counts, base, num_digits, "random", options.seed)
-    found = {
-        "settings": chosen,
-        "quality": dataclasses.asdict(order_quality(rows, counts, order, base, num_digits)),
-        "quality_of_random_order": dataclasses.asdict(order_quality(rows, counts, shuffled, base, num_digits)),
-        "examples": examples(tokenizer, counts, order, base, num_digits),
-        "provenance": provenance(options.seed),
-    }
-    save_order(out, order, rows, chosen)
-    write_json(Path(out).with_suffix(".json"), found)
-    return found
+    near = cooccurrence(sequences(), vocab_size, options.window, separator_id(task.tokenizer))
+    # Counts are weighted by distance; a separator has none.
+    return factors(ppmi(near), options.dim, options.seed), near.sum(1), num_tokens
 
 
 def summary(found: dict[str, Any]) -> str:
-    """The qualities as lines of text."""
+    """The qualities, where there are some, as lines of text."""
     settings = found["settings"]
+    if "quality" not in found:
+        return f"{settings['num_digits']} digits of base {settings['base']}, {settings['method']}; no text was read"
     lines = [
         f"{settings['tokens_read']:,} tokens read, {settings['tokens_seen']:,} of {settings['vocab_size']:,} kinds; "
         f"{settings['num_digits']} digits of base {settings['base']}",
@@ -346,7 +365,7 @@ def summary(found: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The command."""
-    from training.train import allowed_keys  # which itself reads orders
+    from training.train import allowed_keys, build_task  # which itself reads orders
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="a run on text, as for training.train")
@@ -358,7 +377,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     known, flags = parser.parse_known_args(arguments)
     options = {field.name: getattr(known, field.name) for field in dataclasses.fields(OrderSettings)}
     try:
-        found = run(read_settings(known.config, flags, allowed_keys()), known.out, OrderSettings(**options))
+        settings = read_settings(known.config, flags, allowed_keys())
+        if (kind := settings["data"].get("kind")) != "text":
+            raise ValueError(f"{known.config}: data.kind = {kind!r}; an order is made for a run on text.")
+        task = build_task(settings, TrainingSettings(use_cpu=True))  # nothing is trained
+        found = run(task, settings["model"], known.out, OrderSettings(**options))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(summary(found))

@@ -14,6 +14,7 @@ import difflib
 import json
 import shutil
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,12 @@ def describe(model: LeviathanForCausalLM, args: TrainingArguments, tokens_per_it
     embedding = sum(p.numel() for p in model.get_input_embeddings().parameters())
     total = sum(p.numel() for p in model.parameters())  # shared tensors count once
     head = 0 if model.config.tie_word_embeddings else sum(p.numel() for p in model.lm_head.parameters())
-    items = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    items = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     config = model.config
     # Kept for backward a token and layer: about 8 vectors of the hidden size, 3 of the MLP's, and the attention's
     # inputs; the logits of a chunk, their gradient and their float32 copy.
     token = config.num_hidden_layers * (10 * config.hidden_size + 3 * config.intermediate_size) * 4
-    batch_tokens = args.train_batch_size * tokens_per_item
+    batch_tokens = args.per_device_train_batch_size * tokens_per_item
     # Those of a head of digits are as few as the base.
     width = config.vocab_size if config.output_head == "dense" else model.lm_head.base * model.lm_head.num_digits
     logits = min(batch_tokens, config.loss_chunk_size or batch_tokens) * width * 4 * 3
@@ -102,8 +103,17 @@ def build_model(settings: Settings, task: FieldTask | TextTask, seed: int) -> Le
 
 
 def build(settings: Settings) -> Parts:
-    """Everything that the settings describe."""
+    """Everything that the settings describe.
+
+    Raises:
+        ValueError: On settings that do not fit each other or the data, or several GPUs in one process.
+    """
     args = build_arguments(settings)
+    if args.n_gpu > 1:  # transformers would multiply the batch, and split it by torch's DataParallel
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs; launch one process a GPU: accelerate launch --multi_gpu -m "
+            "training.train ..., or show it a single one with CUDA_VISIBLE_DEVICES."
+        )
     task = build_task(settings, args)
     task.open()
     model = build_model(settings, task, args.seed)
@@ -155,13 +165,17 @@ def check_resume(output: Path, record: dict[str, Any], resume: bool) -> Path | N
 def finish(
     trainer: LeviathanTrainer, parts: Parts, report: dict[str, Any], seconds: float, first: int
 ) -> dict[str, Any]:
-    """Saves model, tokenizer and `training.json`; returns what the latter holds."""
+    """Saves model, tokenizer and `training.json`; returns what the latter holds.
+
+    In its `validation`, what is not finite is None: JSON knows no NaN, and a run that diverged has a record too.
+    """
     args, steps = parts.args, trainer.state.global_step
     parts.model.config.use_cache = True  # the Trainer turned it off
     trainer.save_model(args.output_dir)
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle; training.json says it all
     validation = [
-        {"step": row["step"], **{k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}}
+        {"step": row["step"]}
+        | {k.removeprefix("eval_"): v if isfinite(v) else None for k, v in row.items() if k.startswith("eval_")}
         for row in trainer.state.log_history
         if "eval_loss" in row
     ]

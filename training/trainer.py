@@ -23,20 +23,24 @@ class TrainingSettings(TrainingArguments):
     Attributes:
         embedding_learning_rate: Peak learning rate of the embedding's parameters; None is `learning_rate`. They are
             never decayed: the splines live near one, and pulled to zero their product vanishes.
+        sequences_per_step: Items of a step, of all processes together; `gradient_accumulation_steps` is then what makes
+            up for their number. None leaves that to be given.
     """
 
     embedding_learning_rate: float | None = None
+    sequences_per_step: int | None = None
 
 
 def build_arguments(settings: Settings) -> TrainingSettings:
     """The arguments of transformers' Trainer, checked for what would train something else than asked for.
 
     Raises:
-        ValueError: Without a number of steps, or if processes were launched that do not know of each other.
+        ValueError: Without a number of steps, if processes were launched that do not know of each other, or if items of
+            a step cannot be shared out evenly.
     """
     options = {"remove_unused_columns": False, "report_to": "none"} | settings["training"]
     if options.get("bf16") == "auto":
-        options["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        options["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     args = TrainingSettings(**options)
     if args.max_steps < 1:
         raise ValueError(f"training.max_steps = {args.max_steps}; give the number of optimizer steps.")
@@ -48,6 +52,17 @@ def build_arguments(settings: Settings) -> TrainingSettings:
             f"{launched} processes were launched and {args.world_size} joined: each would train alone into one folder. "
             "On CPUs pass --training.use_cpu true --training.ddp_backend gloo."
         )
+    if args.sequences_per_step is not None:
+        if "gradient_accumulation_steps" in settings["training"]:
+            raise ValueError("training.sequences_per_step decides gradient_accumulation_steps; leave one of them out.")
+        at_once = args.per_device_train_batch_size * args.world_size
+        if args.sequences_per_step < at_once or args.sequences_per_step % at_once:
+            raise ValueError(
+                f"training.sequences_per_step = {args.sequences_per_step} is no multiple of the {at_once} that "
+                f"{args.world_size} processes take at once; change it or per_device_train_batch_size = "
+                f"{args.per_device_train_batch_size}."
+            )
+        args.gradient_accumulation_steps = args.sequences_per_step // at_once
     return args
 
 
