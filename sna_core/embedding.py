@@ -19,6 +19,7 @@ VARIANTS = {
     "lev": {"num_heads": 8, "num_knots": 16, "rank": 64, "seed_bias": False, "residual": False},
     "v1": {"num_heads": 1, "num_knots": 32, "rank": 8, "seed_bias": True, "residual": True},
 }
+OUTPUT_EPSILON = 1e-6  # under the root by which an embedding is divided
 
 
 class SeparableEmbedding(DigitEmbedding):
@@ -30,9 +31,14 @@ class SeparableEmbedding(DigitEmbedding):
 
     .. math::
         \phi_{ir} = \sum_j B_j(\tilde z_i) S_{lijr}, \qquad
-        E = \sum_l W^{out}_l \Big[\prod_i \phi_{ir}\Big]_{r=1..R} .
+        E = \sum_l W^{out}_l \Big[\prod_i \phi_{ir}\Big]_{r=1..R}, \qquad
+        e = g \, E / \sqrt{\mathrm{mean}(E^2) + \epsilon} .
 
-    Parameters: k b s + h s^2 + 2 h s + h s K R + h R D. The product is taken in float32 (float64 for float64
+    The last step, with a gain g (D,) that starts at one, is ours: without it embeddings grow to a hundred times their
+    size within a few hundred steps, since all of a product's factors learn at one time, and drown what the layers of a
+    Transformer add to them. ``normalize_output=False`` is the published e = E.
+
+    Parameters: k b s + h s^2 + 2 h s + h s K R + h R D, and D of the gain. The product is taken in float32 (float64 for float64
     parameters) whatever the parameters' dtype or autocast; on a GPU its factors are matrix products in the splines'
     dtype.
 
@@ -57,6 +63,7 @@ class SeparableEmbedding(DigitEmbedding):
         sigmoid_divisor: Divisor of the sigmoid's argument.
         seed_bias: A bias in the seed map. None takes the variant's.
         residual: Add a linear map of the coordinates. None takes the variant's.
+        normalize_output: Give every embedding one size, that of a learned gain.
         max_chunk_tokens: Ids generated at one time; more are taken in turn, and again in backward, so that memory
             beyond the embeddings themselves is bounded. None generates all at one time.
         ordered: Take the digits of a position that each token is given by :meth:`set_token_order`, not of its id.
@@ -88,6 +95,7 @@ class SeparableEmbedding(DigitEmbedding):
         sigmoid_divisor: float = 2.0,
         seed_bias: bool | None = None,
         residual: bool | None = None,
+        normalize_output: bool = True,
         max_chunk_tokens: int | None = None,
         ordered: bool = False,
         device: torch.device | str | None = None,
@@ -126,6 +134,7 @@ class SeparableEmbedding(DigitEmbedding):
         self.out_weight = parameter(heads, self.rank, embedding_dim)
         use_residual = default["residual"] if residual is None else residual
         self.residual_weight = parameter(heads, seed, embedding_dim) if use_residual else None
+        self.out_gain = parameter(embedding_dim) if normalize_output else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -142,6 +151,8 @@ class SeparableEmbedding(DigitEmbedding):
             nn.init.ones_(self.knot_scale)
         if self.residual_weight is not None:
             nn.init.normal_(self.residual_weight, std=0.02)
+        if self.out_gain is not None:
+            nn.init.ones_(self.out_gain)
 
     def coordinates(self, ids: Tensor) -> Tensor:
         """Each head's coordinates of flat ``ids`` in (0, 1)^seed_dim: (tokens,) -> (heads, tokens, seed_dim)."""
@@ -174,6 +185,9 @@ class SeparableEmbedding(DigitEmbedding):
         out = product.to(dtype).transpose(0, 1).flatten(1) @ self.out_weight.flatten(0, 1)
         if self.residual_weight is not None:
             out = out + coordinates.to(dtype).transpose(0, 1).flatten(1) @ self.residual_weight.flatten(0, 1)
+        if self.out_gain is not None:
+            wide = out.to(product_dtype(dtype))
+            out = F.rms_norm(wide, wide.shape[-1:], eps=OUTPUT_EPSILON).to(dtype) * self.out_gain
         return out
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ OPTIONS = [
     {"variant": "v1"},
     {"trainable_knot_scale": True},
     {"normalize_basis": False, "sigmoid_divisor": 1.0},
+    {"normalize_output": False},
     {"low_digit": "reflected", "base": 7, "seed_dim": 13, "num_heads": 3},
     {"num_knots": 2, "rank": 1, "seed_bias": True, "residual": True},
 ]
@@ -28,7 +29,7 @@ def small(dtype=torch.float64, num_embeddings=300, **options):
 
 
 def test_parameter_count_is_the_published_one():
-    embedding = SeparableEmbedding(200_376, 2048)
+    embedding = SeparableEmbedding(200_376, 2048, normalize_output=False)
     assert (embedding.base, embedding.num_digits) == (59, 3)
     assert sum(p.numel() for p in embedding.parameters()) == 2_252_928
 
@@ -53,6 +54,20 @@ def test_initial_values_are_the_published_ones():
         assert parameter.std().item() == pytest.approx(std, rel=0.02)
     assert (embedding.norm_weight == 1).all()
     assert (embedding.norm_bias == 0).all()
+
+
+def test_every_embedding_has_the_size_of_the_gain():
+    embedding = SeparableEmbedding(300, 10, seed_dim=12, num_heads=2, rank=5)
+    rows = embedding.materialize()
+    torch.testing.assert_close(rows.pow(2).mean(-1), torch.ones(300), rtol=1e-3, atol=0)
+    plain = SeparableEmbedding(300, 10, seed_dim=12, num_heads=2, rank=5, normalize_output=False)
+    plain.load_state_dict({k: v for k, v in embedding.state_dict().items() if k != "out_gain"})
+    published = plain.materialize()
+    expected = published / (published.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(rows, expected)
+    with torch.no_grad():
+        embedding.out_gain.mul_(3)
+    torch.testing.assert_close(embedding.materialize(), 3 * expected)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
