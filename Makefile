@@ -53,7 +53,7 @@ STEPS ?= 240
 STUDY = runs/text/study-$(VOCABULARY)-$(STEPS)
 text-study: runs/text/order.safetensors runs/text/order_random.safetensors
 	$(BIN)/python -m eval.study $(TEXT_CONFIG) --arms training/configs/text_arms.yaml $(ARMS) --out $(STUDY) \
-		--tune training.embedding_learning_rate=1e-3,3e-3,1e-2 --seeds 0 1 2 $(TEXT_DATA) \
+		--tune training.embedding_learning_rate=2e-3,3e-2 --seeds 0 1 2 $(TEXT_DATA) \
 		--training.max_steps $(STEPS) --training.warmup_steps $$(($(STEPS) / 7)) --training.eval_steps $$(($(STEPS) / 20)) \
 		--training.save_steps $(STEPS) --training.logging_steps $$(($(STEPS) / 4)) --training.disable_tqdm true \
 		--training.dataloader_num_workers 0 --data.num_validation_sequences 96
@@ -83,7 +83,7 @@ card: .venv/.installed
 # The same for text, from what text-study left.
 text-card: .venv/.installed
 	$(BIN)/python -m eval.language_study --study $(STUDY) --data "$(TEXT)/test*" \
-		--draw separable_ordered_started separable_ordered separable lookup_untied lookup_tied lookup_untied_started \
+		--draw separable_all separable_started separable_permuted lookup_untied lookup_tied low_rank \
 		--out model_cards/leviathan_text
 	$(BIN)/python -m eval.text_card --study model_cards/leviathan_text/language.json --out model_cards/leviathan_text.md
 

@@ -39,7 +39,7 @@ class LeviathanConfig(PreTrainedConfig):
             the vocabulary.
         embedding_seed_dim, embedding_num_heads, embedding_num_knots, embedding_rank, embedding_variant,
         embedding_low_digit, embedding_normalize_basis, embedding_trainable_knot_scale, embedding_sigmoid_divisor,
-        embedding_seed_bias, embedding_residual, embedding_normalize_output: Arguments of
+        embedding_seed_bias, embedding_residual, embedding_normalize_output, embedding_token_rank: Arguments of
             [`sna_core.SeparableEmbedding`] (`embedding_low_digit` also of [`sna_core.CodebookEmbedding`],
             `embedding_rank` of [`sna_core.LowRankEmbedding`]); None takes its default. What is left None is stored
             completed, so that a checkpoint means the same when a default changes.
@@ -118,6 +118,7 @@ class LeviathanConfig(PreTrainedConfig):
     embedding_seed_bias: bool | None = None
     embedding_residual: bool | None = None
     embedding_normalize_output: bool | None = None
+    embedding_token_rank: int | None = None
     embedding_max_chunk_tokens: int | None = None
     output_head: Literal["dense", "digits"] = "dense"
     output_head_rank: int = 64

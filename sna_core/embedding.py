@@ -20,6 +20,8 @@ VARIANTS = {
     "v1": {"num_heads": 1, "num_knots": 32, "rank": 8, "seed_bias": True, "residual": True},
 }
 OUTPUT_EPSILON = 1e-6  # under the root by which an embedding is divided
+# Adam's steps do not depend on the size of gradients: a token's own factors learn so many times as fast as the rest.
+TOKEN_SCALE = 10.0
 
 
 class SeparableEmbedding(DigitEmbedding):
@@ -32,15 +34,16 @@ class SeparableEmbedding(DigitEmbedding):
     .. math::
         \phi_{ir} = \sum_j B_j(\tilde z_i) S_{lijr}, \qquad
         E = \sum_l W^{out}_l \Big[\prod_i \phi_{ir}\Big]_{r=1..R}, \qquad
-        e = g \, E / \sqrt{\mathrm{mean}(E^2) + \epsilon} .
+        e = g \, E / \sqrt{\mathrm{mean}(E^2) + \epsilon} + A[id] P .
 
-    The last step, with a gain g (D,) that starts at one, is ours: without it embeddings grow to a hundred times their
+    The last line is ours. Without the norm, whose gain g (D,) starts at one, embeddings grow to a hundred times their
     size within a few hundred steps, since all of a product's factors learn at one time, and drown what the layers of a
-    Transformer add to them. ``normalize_output=False`` is the published e = E.
+    Transformer add to them; ``normalize_output=False`` leaves it out. A few factors of each token, A (V, r) with the
+    map P (r, D), learn what no function of shared digits can tell of it; the default, r = 0, has none.
 
-    Parameters: k b s + h s^2 + 2 h s + h s K R + h R D, and D of the gain. The product is taken in float32 (float64 for float64
-    parameters) whatever the parameters' dtype or autocast; on a GPU its factors are matrix products in the splines'
-    dtype.
+    Parameters: k b s + h s^2 + 2 h s + h s K R + h R D, beside them D of the gain and V r + r D. The product is taken in
+    float32 (float64 for float64 parameters) whatever the parameters' dtype or autocast; on a GPU its factors are matrix
+    products in the splines' dtype.
 
     Source: arXiv 2601.22040 v2 (``variant="lev"``) and v1 (``variant="v1"``: one biased seed map, rank-one components
     and a linear residual of the coordinates); used for fields in arXiv 2603.12244. The papers leave open whether the
@@ -63,7 +66,8 @@ class SeparableEmbedding(DigitEmbedding):
         sigmoid_divisor: Divisor of the sigmoid's argument.
         seed_bias: A bias in the seed map. None takes the variant's.
         residual: Add a linear map of the coordinates. None takes the variant's.
-        normalize_output: Give every embedding one size, that of a learned gain.
+        normalize_output: Give every generated embedding one size, that of a learned gain.
+        token_rank: Number of factors of its own that each token has, r.
         max_chunk_tokens: Ids generated at one time; more are taken in turn, and again in backward, so that memory
             beyond the embeddings themselves is bounded. None generates all at one time.
         ordered: Take the digits of a position that each token is given by :meth:`set_token_order`, not of its id.
@@ -96,6 +100,7 @@ class SeparableEmbedding(DigitEmbedding):
         seed_bias: bool | None = None,
         residual: bool | None = None,
         normalize_output: bool = True,
+        token_rank: int = 0,
         max_chunk_tokens: int | None = None,
         ordered: bool = False,
         device: torch.device | str | None = None,
@@ -115,6 +120,8 @@ class SeparableEmbedding(DigitEmbedding):
         for name, least in {"embedding_dim": 1, "seed_dim": 1, "num_heads": 1, "num_knots": 2, "rank": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected at least {least}.")
+        if token_rank < 0:
+            raise ValueError(f"token_rank = {token_rank}; expected at least 0, which is none.")
         if max_chunk_tokens is not None and max_chunk_tokens < 1:
             raise ValueError(f"max_chunk_tokens = {max_chunk_tokens}; expected at least 1, or None for no chunks.")
         if sigmoid_divisor <= 0:
@@ -135,6 +142,9 @@ class SeparableEmbedding(DigitEmbedding):
         use_residual = default["residual"] if residual is None else residual
         self.residual_weight = parameter(heads, seed, embedding_dim) if use_residual else None
         self.out_gain = parameter(embedding_dim) if normalize_output else None
+        self.token_rank = token_rank
+        self.token_factors = parameter(num_embeddings, token_rank) if token_rank else None
+        self.token_weight = parameter(token_rank, embedding_dim) if token_rank else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -153,6 +163,9 @@ class SeparableEmbedding(DigitEmbedding):
             nn.init.normal_(self.residual_weight, std=0.02)
         if self.out_gain is not None:
             nn.init.ones_(self.out_gain)
+        if self.token_factors is not None:
+            nn.init.normal_(self.token_factors, std=0.02 / TOKEN_SCALE)
+            nn.init.normal_(self.token_weight, std=self.token_rank**-0.5)
 
     def coordinates(self, ids: Tensor) -> Tensor:
         """Each head's coordinates of flat ``ids`` in (0, 1)^seed_dim: (tokens,) -> (heads, tokens, seed_dim)."""
@@ -188,7 +201,20 @@ class SeparableEmbedding(DigitEmbedding):
         if self.out_gain is not None:
             wide = out.to(product_dtype(dtype))
             out = F.rms_norm(wide, wide.shape[-1:], eps=OUTPUT_EPSILON).to(dtype) * self.out_gain
+        if self.token_factors is not None:
+            out = out + TOKEN_SCALE * F.embedding(ids, self.token_factors) @ self.token_weight
         return out
+
+    @torch.no_grad()
+    def resize(self, num_embeddings: int) -> None:
+        """As in the class above; new tokens' own factors are drawn as at the start."""
+        super().resize(num_embeddings)
+        if self.token_factors is not None:
+            factors = self.token_factors.new_empty(num_embeddings, self.token_rank)
+            nn.init.normal_(factors, std=0.02 / TOKEN_SCALE)
+            kept = min(num_embeddings, len(self.token_factors))
+            factors[:kept] = self.token_factors[:kept]
+            self.token_factors = nn.Parameter(factors, self.token_factors.requires_grad)
 
     def extra_repr(self) -> str:
         """Sizes, as ``torch.nn.Module`` prints them."""

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sna_core import CodebookEmbedding, LowRankEmbedding, SeparableEmbedding
+from sna_core.embedding import TOKEN_SCALE
 from sna_core.generator import separable_product, separable_product_reference, uniform_spline_basis
 
 OPTIONS = [
@@ -13,6 +14,7 @@ OPTIONS = [
     {"trainable_knot_scale": True},
     {"normalize_basis": False, "sigmoid_divisor": 1.0},
     {"normalize_output": False},
+    {"token_rank": 3},
     {"low_digit": "reflected", "base": 7, "seed_dim": 13, "num_heads": 3},
     {"num_knots": 2, "rank": 1, "seed_bias": True, "residual": True},
 ]
@@ -32,6 +34,22 @@ def test_parameter_count_is_the_published_one():
     embedding = SeparableEmbedding(200_376, 2048, normalize_output=False)
     assert (embedding.base, embedding.num_digits) == (59, 3)
     assert sum(p.numel() for p in embedding.parameters()) == 2_252_928
+
+
+def test_tokens_own_factors():
+    options = {"seed_dim": 12, "num_heads": 2, "rank": 5}
+    embedding = SeparableEmbedding(300, 10, token_rank=4, **options)
+    plain = SeparableEmbedding(300, 10, **options)
+    own = embedding.token_factors, embedding.token_weight
+    assert sum(p.numel() for p in embedding.parameters()) - sum(p.numel() for p in plain.parameters()) == 4 * (300 + 10)
+    plain.load_state_dict({k: v for k, v in embedding.state_dict().items() if not k.startswith("token_")})
+    before = embedding.materialize()
+    torch.testing.assert_close(before, plain.materialize() + TOKEN_SCALE * own[0] @ own[1])
+    assert (TOKEN_SCALE * own[0] @ own[1]).std().item() == pytest.approx(0.02, rel=0.2)
+    for size in (350, 280):
+        embedding.resize(size)
+        assert embedding.token_factors.shape == (size, 4)
+        torch.testing.assert_close(embedding.materialize()[:280], before[:280])
 
 
 def test_v1_is_one_biased_seed_map_with_rank_one_components_and_a_residual():
