@@ -44,6 +44,16 @@ def arms_table(found: Record) -> str:
     return "\n".join(lines)
 
 
+def arms_list(found: Record) -> str:
+    """What sets each arm apart: the settings that it lays over the others'."""
+    lines = []
+    for name, arm in found["arms"].items():
+        pairs = zip(arm["settings"][::2], arm["settings"][1::2], strict=True)
+        told = ", ".join(f"`{key.removeprefix('--')}: {setting.strip(chr(34))}`" for key, setting in pairs)
+        lines.append(f"- {name.replace('_', ' ')}: {told or 'nothing'}")
+    return "\n".join(lines)
+
+
 def comparison_table(found: Record, reference: str) -> str:
     """Each arm against the reference, seed by seed."""
     lines = ["| arm | perplexity | rare tokens' perplexity | tokens | largest lag [nat] |", "|---" * 5 + "|"]
@@ -161,6 +171,10 @@ seeds {", ".join(map(str, seeds))}. Rare tokens were seen at most {test["rare"][
 Entropy of the validation tokens: {value(found, "references.marginal_entropy", "{:.3f}")} nat.
 
 {arms_table(found)}
+
+The arms lay these settings over those of `{value(found, "config")}`:
+
+{arms_list(found)}
 
 {comparisons}
 

@@ -41,9 +41,9 @@ class SeparableEmbedding(DigitEmbedding):
     Transformer add to them; ``normalize_output=False`` leaves it out. A few factors of each token, A (V, r) with the
     map P (r, D), learn what no function of shared digits can tell of it; the default, r = 0, has none.
 
-    Parameters: k b s + h s^2 + 2 h s + h s K R + h R D, beside them D of the gain and V r + r D. The product is taken in
-    float32 (float64 for float64 parameters) whatever the parameters' dtype or autocast; on a GPU its factors are matrix
-    products in the splines' dtype.
+    Parameters: k b s + h s^2 + 2 h s + h s K R + h R D, beside them D of the gain and V r + r D. The product is taken
+    in float32 (float64 for float64 parameters) whatever the parameters' dtype or autocast; on a GPU its factors are
+    matrix products in the splines' dtype.
 
     Source: arXiv 2601.22040 v2 (``variant="lev"``) and v1 (``variant="v1"``: one biased seed map, rank-one components
     and a linear residual of the coordinates); used for fields in arXiv 2603.12244. The papers leave open whether the

@@ -394,6 +394,7 @@ def record(x=0.0, seeds=(11, 12), rates=("3e-3", "7e-3", "4e-3"), day="2031-04-0
         runs = [run | {"seed": seed, "embedding_parameters": 987_654 + whole + 3 * place} for seed in seeds]
         arms[name] = {
             "num_parameters": 2_345_678 + whole + 5 * place,
+            "settings": [] if place == 0 else ["--model.embedding_type", '"lookup"', "--model.tie", str(place == 1)],
             "best": rates[place % len(rates)],
             "tuning": dict.fromkeys(rates, 5.0),
             "order_tokens_read": 11_308_689 + whole if place == 0 else 0,
@@ -413,6 +414,7 @@ def record(x=0.0, seeds=(11, 12), rates=("3e-3", "7e-3", "4e-3"), day="2031-04-0
         "hardware": {"processor": f"Chip {digit}93", "cores": 640 + whole, "accelerator": None},
     }
     return {
+        "config": f"c{digit}1.yaml",
         "tune": "training.embedding_learning_rate",
         "references": {"marginal_entropy": 6.5432 + x},
         "arms": arms,
@@ -463,6 +465,8 @@ def test_the_card_shows_the_record():
         "1,240 steps of 2,048 tokens; test text of 24,384 tokens (86,901 bytes) in sequences of 128; seeds 11, 12.",
         "seen at most 100 times",
         "6.543 nat",
+        "The arms lay these settings over those of `c81.yaml`:",
+        "- separable: nothing\n- lookup tied: `model.embedding_type: lookup`, `model.tie: True`\n",
         "Against lookup tied:",
         "Against separable:",
         "from 5 % of training on",

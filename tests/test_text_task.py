@@ -193,6 +193,7 @@ def test_it_learns_and_what_it_saves_loads(settings, corpus):
     assert last["loss"] < report["marginal_entropy"] - 1
     assert last["perplexity"] == pytest.approx(np.exp(last["loss"]))
     assert report["seconds_waited_for_data"] > 0
+    assert (report["documents_broken"], report["documents_empty"]) == (0, 0)
     folder = settings["training"]["output_dir"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert tokenizer.model_max_length == 16
