@@ -82,7 +82,7 @@ card: .venv/.installed
 
 # The same for text, from what text-study left.
 text-card: .venv/.installed
-	$(BIN)/python -m eval.language_study --study $(STUDY) --data "$(TEXT)/test*" \
+	$(BIN)/python -m eval.language_study --study $(STUDY) --data "$(TEXT)/test*" --num-sequences 1024 \
 		--draw separable_all separable_started separable_permuted lookup_untied lookup_tied low_rank \
 		--out model_cards/leviathan_text
 	$(BIN)/python -m eval.text_card --study model_cards/leviathan_text/language.json --out model_cards/leviathan_text.md
