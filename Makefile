@@ -80,8 +80,9 @@ card: .venv/.installed
 		--training model_cards/leviathan/training.json --heads model_cards/leviathan/heads.json \
 		--speed model_cards/leviathan/speed.json --out model_cards/leviathan.md
 
-# The same for text, from what text-study left.
+# The same for text, from the arms that text-study has trained so far.
 text-card: .venv/.installed
+	$(MAKE) text-study ARMS=--finished
 	$(BIN)/python -m eval.language_study --study $(STUDY) --data "$(TEXT)/test*" --num-sequences 1024 \
 		--draw separable_all separable_started separable_permuted lookup_untied lookup_tied low_rank \
 		--out model_cards/leviathan_text

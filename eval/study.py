@@ -6,7 +6,8 @@
 
 Every arm (a value of --compare, or an entry of the file --arms) is trained with every value of --tune and the first
 seed; the value with the least validation loss then gets the other seeds. Writes study.json and prints a table.
-Interrupted, it goes on where it stopped; with --only, several processes train an arm or two each.
+Interrupted, it goes on where it stopped; with --only, several processes train an arm or two each; with --finished it
+sums up what is there.
 
 In the file of arms each has a name and its settings (`model.embedding_type: lookup`); with `same_parameters_as: ARM`
 one size of its model, `vary` or the first of them that will do (see training.sizes), is chosen so that it has as many
@@ -90,6 +91,15 @@ def train_one(config: Path, flags: Sequence[str], folder: Path, seed: int) -> di
     }
 
 
+def is_trained(out: Path, arm: str, values: Sequence[str], seeds: Sequence[int]) -> bool:
+    """Whether an arm's runs are there: that of every value with the first seed, and those of one with all seeds."""
+
+    def done(value: str, seed: int) -> bool:
+        return (out / f"{arm}-{value}-{seed}" / "training.json").is_file()
+
+    return all(done(v, seeds[0]) for v in values) and any(all(done(v, seed) for seed in seeds) for v in values)
+
+
 def study(
     config: Path,
     arms: Arms,
@@ -168,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     which.add_argument("--compare", type=parse_values, help="section.key=value,value: the arms")
     which.add_argument("--arms", type=Path, help="YAML file of arms")
     parser.add_argument("--only", nargs="+", help="train these arms, and leave the rest and study.json to another call")
+    parser.add_argument("--finished", action="store_true", help="train nothing; sum up the arms that are trained")
     parser.add_argument("--tune", type=parse_values, required=True, help="section.key=value,value: the same for each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, required=True, help="folder of the trainings and study.json")
@@ -181,6 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
         if unknown := set(known.only or ()) - arms.keys():
             raise ValueError(f"--only {' '.join(sorted(unknown))}: the arms are {', '.join(arms)}.")
         chosen = {name: own for name, own in arms.items() if known.only is None or name in known.only}
+        if known.finished:
+            chosen = {n: own for n, own in chosen.items() if is_trained(known.out, n, known.tune[1], known.seeds)}
+            if not chosen:
+                raise ValueError(f"--finished: no arm in {known.out} is trained with all values and seeds yet.")
         found = study(known.config, chosen, known.tune, known.seeds, known.out, flags)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

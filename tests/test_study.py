@@ -94,6 +94,8 @@ def test_arms_of_a_file_and_a_part_of_them(command, tmp_path):
     assert study.main([*arguments, "--only", "table"]) is None
     assert not (tmp_path / "study" / "study.json").exists()
     assert len(list((tmp_path / "study").glob("table-*/training.json"))) == 3
+    (tmp_path / "study" / "generated-1e-3-0").mkdir()  # begun, not finished
+    assert list(study.main([*arguments, "--finished"])["arms"]) == ["table"]
     found = study.main(arguments)
     assert list(found["arms"]) == ["table", "table_larger", "generated"]
     counts = {name: arm["num_parameters"] for name, arm in found["arms"].items()}
@@ -133,3 +135,5 @@ def test_bad_arms_are_refused(command, tmp_path, text, message):
         study.main([*command[:at], "--arms", str(file), *command[at + 2 :]])
     with pytest.raises(SystemExit, match="the arms are dense, digits"):
         study.main([*command, "--only", "dance"])
+    with pytest.raises(SystemExit, match="no arm in"):
+        study.main([*command, "--finished"])
