@@ -84,7 +84,7 @@ card: .venv/.installed
 text-card: .venv/.installed
 	$(MAKE) text-study ARMS=--finished
 	$(BIN)/python -m eval.language_study --study $(STUDY) --data "$(TEXT)/test*" --num-sequences 1024 \
-		--draw separable_all separable_started separable_permuted lookup_untied lookup_tied low_rank \
+		--draw separable_all separable_ordered separable_permuted lookup_untied lookup_tied lookup_untied_started \
 		--out model_cards/leviathan_text
 	$(BIN)/python -m eval.text_card --study model_cards/leviathan_text/language.json --out model_cards/leviathan_text.md
 
