@@ -162,7 +162,7 @@ def draw(found: Mapping[str, Any], out: Path, chosen: Sequence[str], reference: 
     save = language_figures.save
     save(out / "curves.png", (11, 6.5), lambda figure: language_figures.draw_curves(figure, curves, reference))
     save(out / "bands.png", (8, 5), lambda figure: language_figures.draw_bands(figure, bands, reference))
-    save(out / "spectra.png", (6, 4.5), lambda figure: language_figures.draw_spectrum(figure, spectra))
+    save(out / "spectra.png", (8, 4.5), lambda figure: language_figures.draw_spectrum(figure, spectra))
 
 
 def table(found: Mapping[str, Any]) -> str:
