@@ -44,6 +44,7 @@ TOKENIZER = byte_level_tokenizer()
 def tiny_model(vocab_size=VOCAB, **options):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"embedding_seed_dim": 4, "embedding_num_heads": 2, "embedding_rank": 2}
+    sizes["initializer_range"] = 0.3  # attention that counts beside embeddings of size one
     return LeviathanForCausalLM(
         LeviathanConfig(vocab_size=vocab_size, max_position_embeddings=2 * CONTEXT, **sizes | options)
     ).eval()

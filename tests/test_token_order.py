@@ -369,7 +369,7 @@ def test_controls_read_no_text(config, tmp_path, capsys, method):
     settings = read_settings(config, ["--tokenizer.order", str(out)], train.allowed_keys())
     assert torch.equal(train.build(settings).model.model.embed_tokens.token_order, loaded.order)
     settings["tokenizer"]["start"] = "factors"
-    with pytest.raises(ValueError, match=r"order\.safetensors holds none: .*take an order of another --method"):
+    with pytest.raises(ValueError, match=r"order\.safetensors holds no factors: .*take an order of another --method"):
         train.build(settings)
 
 
