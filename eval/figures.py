@@ -270,13 +270,18 @@ def draw_all(
     if training.get("validation"):
         pictures["curve"] = ((9, 3.6), lambda f: draw_curve(f, training))
     for name, (size, draw) in pictures.items():
-        with mpl.rc_context(STYLE):
-            figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
-            FigureCanvasAgg(figure)
-            draw(figure)
-            partial = folder / f"{name}.png.partial"
-            figure.savefig(partial, format="png", dpi=110)
-        partial.replace(folder / f"{name}.png")
+        save(folder / f"{name}.png", size, draw)
+
+
+def save(path: Path, size: tuple[float, float], draw: Callable[[FigureBase], None]) -> None:
+    """Writes what `draw` draws on a figure of `size` inches as PNG, whole or not at all."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+        FigureCanvasAgg(figure)
+        draw(figure)
+        partial = path.with_name(path.name + ".partial")
+        figure.savefig(partial, format="png", dpi=110)
+    partial.replace(path)
 
 
 def _rows(results: Results, kind: str) -> list[str]:

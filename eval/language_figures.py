@@ -12,13 +12,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure, FigureBase
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.figure import FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import nn
 
-from eval.figures import LOOKS, STYLE, draw_curve, principal_components
+from eval.figures import LOOKS, draw_curve, principal_components, save
 
 Curve = Mapping[str, Sequence[float]]
 Band = Mapping[str, Any]
@@ -259,17 +257,6 @@ def draw_all(
         save(folder / "grid.png", size, lambda figure: draw_grid(figure, values, embedding.base, order))
     if training.get("validation"):
         save(folder / "curve.png", (6, 4), lambda figure: draw_curve(figure, training))
-
-
-def save(path: Path, size: tuple[float, float], draw: Callable[[FigureBase], None]) -> None:
-    """Writes what `draw` draws on a figure of `size` inches as PNG, whole or not at all."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
-        FigureCanvasAgg(figure)
-        draw(figure)
-        partial = path.with_name(path.name + ".partial")
-        figure.savefig(partial, format="png", dpi=110)
-    partial.replace(path)
 
 
 def _legend(figure: FigureBase, ax: Axes) -> None:

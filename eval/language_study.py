@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from eval import language, language_figures
+from eval.figures import save
 from eval.study import summed_up
 from training.documents import Documents
 from training.provenance import provenance, relative, write_json
@@ -159,7 +160,6 @@ def draw(found: Mapping[str, Any], out: Path, chosen: Sequence[str], reference: 
     }
     bands = {name: [run["test"]["bands"] for run in runs] for name, runs in arms.items()}
     spectra = {name: [run["test"]["embedding"]["explained"] for run in runs] for name, runs in arms.items()}
-    save = language_figures.save
     save(out / "curves.png", (11, 6.5), lambda figure: language_figures.draw_curves(figure, curves, reference))
     save(out / "bands.png", (8, 5), lambda figure: language_figures.draw_bands(figure, bands, reference))
     save(out / "spectra.png", (8, 4.5), lambda figure: language_figures.draw_spectrum(figure, spectra))

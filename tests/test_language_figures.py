@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from eval import language_figures
+from eval.figures import save
 
 BAND = {"low": 0, "high": None, "num_targets": 10, "loss": 2.0, "loss_low": 1.5, "loss_high": 3.0, "perplexity": 7.4}
 
@@ -20,9 +21,7 @@ def learning_curves(offset, num_seeds=2):
 def drawn(draw, *arguments, **options):
     """The axes of a figure after `draw`, rendered as it would be saved."""
     figures = []
-    language_figures.save(
-        options.pop("path"), (6, 4), lambda figure: (draw(figure, *arguments, **options), figures.append(figure))
-    )
+    save(options.pop("path"), (6, 4), lambda figure: (draw(figure, *arguments, **options), figures.append(figure)))
     return figures[0].axes
 
 

@@ -14,7 +14,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from sna_core.embedding import TOKEN_SCALE
 from training import train
 from training.settings import read_settings
 from training.text_task import TextTrainer
@@ -239,23 +238,6 @@ def test_a_table_starts_from_factors(settings, tmp_path):
     scale = table.std() / (factors.std() * (6 / 32) ** 0.5)
     torch.testing.assert_close(table @ table.T, scale**2 * factors @ factors.T, rtol=0.1, atol=1e-5)
     assert table.std().item() == pytest.approx(0.02, rel=0.05)
-
-
-def test_tokens_own_factors_start_from_those_of_the_order(settings, tmp_path):
-    order_file(tmp_path / "order.safetensors")
-    settings["tokenizer"] |= {"order": str(tmp_path / "order.safetensors"), "start": "all"}
-    settings["model"]["embedding_token_rank"] = 4
-    embedding = train.build(copied(settings)).model.model.embed_tokens
-    factors = load_file(tmp_path / "order.safetensors")["factors"][:, :4]
-    own = embedding.token_factors.detach()
-    factors = factors - factors.mean(0)
-    torch.testing.assert_close(own / own.std(), factors / factors.std())
-    part = (TOKEN_SCALE * own @ embedding.token_weight.detach()).pow(2).mean().sqrt().item()
-    assert part == pytest.approx(1, rel=0.3)  # that of the generated part
-    for rank in (0, 7):
-        settings["model"]["embedding_token_rank"] = rank
-        with pytest.raises(ValueError, match="token_rank from 1 to the 6 factors"):
-            train.build(copied(settings))
 
 
 def test_an_order_needs_digits(settings, tmp_path):

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from leviathan import LeviathanConfig, LeviathanForCausalLM
 from sna_core.digit_embedding import DigitEmbedding
-from sna_core.embedding import TOKEN_SCALE
 from training.provenance import relative, write_text
 from training.settings import Settings
 from training.text import TextSettings, TextStream, validation_sequences
@@ -33,12 +32,12 @@ class TokenizerSettings:
         path: A tokenizer: a folder, a name on the Hub, or `o200k_base`; see `training.tokenizer.load_tokenizer`.
         order: File of `training.token_order`: which digits stand for which token. None takes the ids as they are.
         start: What the embedding starts from: `"random"` numbers, or the `"factors"` of that file, to which codebooks
-            come near and which tables are; with `"all"` tokens' own factors start from the first of them as well.
+            come near and which tables are.
     """
 
     path: str
     order: str | None = None
-    start: Literal["random", "factors", "all"] = "random"
+    start: Literal["random", "factors"] = "random"
 
 
 class TextTrainer(LeviathanTrainer):
@@ -153,8 +152,8 @@ class TextTask:
             self.data, self.given = TextSettings(**settings["data"]), TokenizerSettings(**settings["tokenizer"])
         except TypeError as error:  # a missing key
             raise ValueError(f"the settings of a run on text are not complete: {error}") from error
-        if self.given.start not in ("random", "factors", "all"):
-            raise ValueError(f"tokenizer.start = {self.given.start!r}; expected 'random', 'factors' or 'all'.")
+        if self.given.start not in ("random", "factors"):
+            raise ValueError(f"tokenizer.start = {self.given.start!r}; expected 'random' or 'factors'.")
         if self.given.start != "random" and self.given.order is None:
             raise ValueError(f"tokenizer.start = {self.given.start!r} needs tokenizer.order, the file that holds them.")
         self.args, self.tokens_per_item, self._tokenizer = args, self.data.context_length, None
@@ -233,23 +232,10 @@ class TextTask:
             embedding.set_token_order(found.order)
             if started:
                 embedding.set_codebooks(found.factors)
-            if self.given.start == "all":
-                self._start_own_factors(embedding, found.factors)
         elif isinstance(embedding, torch.nn.Embedding) and started:
             start_table(embedding.weight, found.factors)
         else:
             raise ValueError(f"tokenizer.order is for embeddings of digits; embedding_type is {kind!r}. Leave it out.")
-
-    @torch.no_grad()
-    def _start_own_factors(self, embedding: DigitEmbedding, factors: Tensor) -> None:
-        own = getattr(embedding, "token_factors", None)
-        if own is None or own.shape[1] > factors.shape[1]:
-            raise ValueError(
-                f"tokenizer.start = 'all' is for a token_rank from 1 to the {factors.shape[1]} factors of "
-                f"{self.given.order}; set model.embedding_token_rank, or take start: factors."
-            )
-        own.copy_(factors[:, : own.shape[1]])
-        own.sub_(own.mean(0)).div_(own.std() * TOKEN_SCALE)  # as large as what is generated
 
     def trainer_options(self) -> dict[str, Any]:
         """Arguments of the loop beside model, data and callbacks."""
