@@ -47,6 +47,9 @@ class LeviathanConfig(PreTrainedConfig):
             has [`~sna_core.digit_embedding.DigitEmbedding.set_token_order`], and the order is saved with the weights.
             Lookups, factorised or not, have no digits to order.
         embedding_max_chunk_tokens: Argument of [`sna_core.SeparableEmbedding`] that bounds its memory.
+        position_layout: ``"sequence"`` (rotary positions count tokens) or ``"window"`` (they are a pixel's place in the
+            window that the prefix shows, see [`~leviathan.positions_leviathan.WindowRotaryEmbedding`]).
+        patch_size, patch_margin: Side of a patch and the margin that a prefix holds around it, for ``"window"`` alone.
         output_head: ``"dense"`` (a logit for each id) or ``"digits"`` ([`sna_core.DigitHead`]: the digits of the id one
             after the other, which costs no product of tokens with the vocabulary in training).
         output_head_rank: Rank of the digits' head.
@@ -120,6 +123,9 @@ class LeviathanConfig(PreTrainedConfig):
     embedding_normalize_output: bool | None = None
     embedding_token_rank: int | None = None
     embedding_max_chunk_tokens: int | None = None
+    position_layout: Literal["sequence", "window"] = "sequence"
+    patch_size: int | None = None
+    patch_margin: int = 0
     output_head: Literal["dense", "digits"] = "dense"
     output_head_rank: int = 64
     loss_chunk_size: int | None = None
@@ -159,6 +165,8 @@ class LeviathanConfig(PreTrainedConfig):
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = "
                 f"{self.num_key_value_heads}."
             )
+        if self.position_layout == "window" and self.patch_size is None:
+            raise ValueError("position_layout = 'window' needs a patch_size; only fields have one.")
         if self.output_head == "digits" and self.tie_word_embeddings:
             raise ValueError("output_head = 'digits' has no table to tie; set tie_word_embeddings=False.")
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:

@@ -182,13 +182,24 @@ class Decoder:
         sampler: What chooses a token.
         num_tokens: Tokens of a target.
         block_size: Tokens decoded at one time, see :meth:`by_blocks`.
+        centre: Where in the prefix the token of the same pixel lies, for each token of a target: the first guesses.
+            None is the prefix's own order.
+        tolerance: Levels by which a guess of :meth:`by_blocks` may miss and still count as decided. 0 is exact.
+
+    Attributes:
+        num_passes: Forward passes since the beginning, without prefixes.
+        num_row_passes: The same, a pass over several rows counted once for each: divided by the rows that were
+            decoded, the passes of one.
     """
 
     model: PreTrainedModel
     sampler: Sampler
     num_tokens: int
     block_size: int = 1
-    num_passes: int = 0  # forward passes since the beginning, without prefixes
+    centre: Tensor | None = None
+    tolerance: int = 0
+    num_passes: int = 0
+    num_row_passes: int = 0
     _graphs: _Graphs | None = field(default=None, repr=False)
 
     def __post_init__(self):
@@ -237,7 +248,7 @@ class Decoder:
             position = prefix.new_full((1, 1), length + i - 1)
             hidden = self._forward(target[:, i - 1 : i], position, cache)[:, -1]
             target[:, i] = self._choose(hidden, uniform, i)
-        self.num_passes += self.num_tokens - 1
+        self._count(self.num_tokens - 1, len(prefix))
         return target
 
     def by_blocks(self, prefix: Tensor, uniform: Tensor | None = None) -> Tensor:
@@ -247,11 +258,19 @@ class Decoder:
         and chosen anew. The first chosen one is right, and so is each whose predecessors were guessed as chosen; there
         the window starts next. The fixed point is unique, since a token depends on those before it alone: the result
         is that of :meth:`one_by_one`, in as many passes at worst (Santilli et al., arXiv 2305.10427).
+
+        With a :attr:`tolerance`, tokens also count as decided behind guesses that missed by so many levels, and the
+        chosen ones are kept: each is the model's own choice behind predecessors within the tolerance of those kept, one
+        more iteration away from the choice behind those. Such errors may add up along a state. The result is no longer
+        the sequential one, and depends on the block's size.
         """
         rows, length = prefix.shape
         cache, hidden = self._read(prefix)
         steps = torch.arange(self.block_size, device=prefix.device)
-        target = F.pad(prefix, (0, max(0, self.num_tokens - length)))[:, : self.num_tokens].clone()
+        if self.centre is None:
+            target = F.pad(prefix, (0, max(0, self.num_tokens - length)))[:, : self.num_tokens].clone()
+        else:
+            target = prefix[:, self.centre.to(prefix.device)]
         target[:, 0] = self._choose(hidden, uniform, 0)
         done = target.clone()
         active = torch.arange(rows, device=prefix.device)
@@ -271,13 +290,18 @@ class Decoder:
             numbers = None if uniform is None else uniform.gather(1, chosen_at)
             chosen = checked(self.sampler(hidden, numbers))  # (rows, block)
             # Decided: the first, and those whose predecessors in the window were guessed as they are chosen.
-            agree = (guess[:, 1:] == chosen[:, :-1]).long().cumprod(1).sum(1) + 1
+            close = (guess[:, 1:] - chosen[:, :-1]).abs() <= self.tolerance
+            agree = close.long().cumprod(1).sum(1) + 1
             inside = read + 1 < self.num_tokens
             target.scatter_(1, chosen_at.masked_fill(~inside, 0), torch.where(inside, chosen, target[:, :1]))
             start = (start + agree).clamp(max=self.num_tokens)
-            self.num_passes += 1
+            self._count(1, len(active))
         done[active] = target
         return done
+
+    def _count(self, passes: int, rows: int) -> None:
+        self.num_passes += passes
+        self.num_row_passes += passes * rows
 
     def by_graphs(self, prefix: Tensor, uniform: Tensor | None = None) -> Tensor:
         """Token by token with CUDA graphs: no launch, no choice and no position passes through Python."""
@@ -290,6 +314,7 @@ class Decoder:
         if missing:
             prefix = torch.cat([prefix, prefix[:1].expand(missing, -1)])
             uniform = uniform if uniform is None else torch.cat([uniform, uniform[:1].expand(missing, -1)])
+        self._count(self.num_tokens - 1, rows)
         return graphs(prefix, uniform)[:rows]
 
     def _read(self, prefix: Tensor, cache: PatchCache | None = None) -> tuple[PatchCache, Tensor]:
@@ -388,7 +413,6 @@ class _Graphs:
             run = self.graphs.get(end) or self.capture(end)
             for _ in range(stop - begin):
                 run.replay()
-        decoder.num_passes += decoder.num_tokens - 1
         return checked(self.target.clone())
 
     def capture(self, end: int) -> torch.cuda.CUDAGraph:

@@ -24,6 +24,8 @@ from transformers.modeling_utils import PreTrainedModel
 from .decoding_leviathan import DETERMINISTIC, RANDOM, Decoder, Sampler, Sampling, checked, expected_ids
 from .tokenization_leviathan import FieldTokenizer
 
+LARGEST_SCALE = 8  # of fields against the tokenizer's data, or the inverse: flows decay, units differ by more
+
 
 class ExpectationLogitsProcessor(LogitsProcessor):
     """Leaves one id, [`expected_ids`]: greedy decoding behind it is the paper's "expectation" sampling, for `generate`.
@@ -53,13 +55,15 @@ def rollout(
     num_samples: int = 1,
     batch_size: int = 256,
     block_size: int = 1,
+    tolerance: int = 0,
     use_cache: bool = True,
     progress: bool = True,
 ) -> torch.Tensor:
     r"""Free autoregression of fields: each state generated token by token from the one before it.
 
     Every patch is a stream of its own: :math:`p(t)` is the bidirectional prefix from which the tokens of
-    :math:`p(t+1)` are drawn, and then becomes the next prefix (arXiv 2603.12244).
+    :math:`p(t+1)` are drawn, and then becomes the next prefix (arXiv 2603.12244). With a margin (of the tokenizer), all
+    patches of a periodic field take a step, are stitched, and each reads what flows in from its neighbours.
 
     Args:
         model: A [`LeviathanForCausalLM`].
@@ -79,6 +83,8 @@ def rollout(
         block_size: Tokens decoded at one time, by Jacobi iteration from the prior state ([`Decoder.by_blocks`]): the
             same result, up to rounding of the logits, in fewer passes where states change little. Pays where a pass
             over several tokens costs about as much as over one: on a GPU, or with few patches.
+        tolerance: Levels by which decoding by blocks may miss its own fixed point and stop: fewer passes, and no longer
+            the same result. 0 is exact.
         use_cache: Keep keys and values of earlier tokens. Without, the result is the same and slower.
         progress: Show a progress bar.
 
@@ -87,14 +93,18 @@ def rollout(
         num_samples, num_steps, height, width).
 
     Raises:
-        ValueError: If model and tokenizer do not fit each other, on fields that the tokenizer refuses, on unknown or
-            out-of-range options, or on several samples of a deterministic sampling.
+        ValueError: If model and tokenizer do not fit each other, on fields that the tokenizer refuses, that have no
+            room for its margin or another scale than its data, on unknown or out-of-range options, or on several
+            samples of a deterministic sampling.
     """
     _check_fit(model, tokenizer)
     _check_options(num_steps, sampling, top_k, top_p, temperature, num_samples, batch_size, block_size)
     if block_size > 1 and not use_cache:
         raise ValueError(f"block_size = {block_size} needs the cache; leave use_cache=True.")
+    if tolerance < 0 or (tolerance and block_size == 1):
+        raise ValueError(f"tolerance = {tolerance} with block_size = {block_size}; expected 0, or larger blocks.")
     ids = tokenizer(fields, return_tensors="pt")["input_ids"]
+    _check_scale(tokenizer, fields)
     height, width = np.shape(fields)[-2:]
     patches = (height // tokenizer.patch_size) * (width // tokenizer.patch_size)
     num_fields = ids.shape[0] // patches
@@ -109,7 +119,8 @@ def rollout(
     try:
         _bake(model, num_tokens=num_steps * ids.numel())
         sampler = Sampler(model.output_head(), tokenizer.vocab_size, sampling, top_k, top_p, temperature)
-        decoder = Decoder(model, sampler, tokenizer.tokens_per_patch, block_size)
+        centre = torch.from_numpy(tokenizer.centre())
+        decoder = Decoder(model, sampler, tokenizer.tokens_per_patch, block_size, centre, tolerance)
         decode = decoder if use_cache else decoder.without_cache
         with tqdm(
             total=num_steps * ids.numel(), desc="rollout", unit="tok", unit_scale=True, disable=not progress
@@ -119,10 +130,11 @@ def rollout(
                     torch.rand(ids.shape, generator=generator, dtype=torch.float64) if sampling in RANDOM else None
                 )
                 batches = []
+                prefix = tokenizer.prefix(ids, (height, width))
                 for i in range(0, len(ids), batch_size):
                     rows = slice(i, i + batch_size)
                     numbers = None if uniform is None else uniform[rows].to(model.device)
-                    batches.append(decode(ids[rows].to(model.device), numbers).cpu())
+                    batches.append(decode(prefix[rows].to(model.device), numbers).cpu())
                     bar.update(batches[-1].numel())
                 ids = torch.cat(batches)
                 states.append(tokenizer.decode(ids, field_shape=(height, width)))
@@ -174,11 +186,31 @@ def _check_fit(model: PreTrainedModel, tokenizer: FieldTokenizer) -> None:
             f"the model has {model.config.vocab_size} ids and the tokenizer {tokenizer.vocab_size}; load both from the "
             "same checkpoint."
         )
-    needed = 2 * tokenizer.tokens_per_patch
+    needed = tokenizer.tokens_per_prefix + tokenizer.tokens_per_patch
     if model.config.max_position_embeddings < needed:
         raise ValueError(
-            f"two states of {tokenizer.patch_size} x {tokenizer.patch_size} need {needed} positions; the model has "
-            f"max_position_embeddings = {model.config.max_position_embeddings}."
+            f"states of {tokenizer.patch_size} x {tokenizer.patch_size} pixels, with a margin of {tokenizer.margin} in "
+            f"the first, need {needed} positions; the model has max_position_embeddings = "
+            f"{model.config.max_position_embeddings}."
+        )
+    patch = (model.config.patch_size, model.config.patch_margin)
+    if model.config.position_layout == "window" and patch != (tokenizer.patch_size, tokenizer.margin):
+        raise ValueError(
+            f"the model's positions are those of patches of {patch[0]} with a margin of {patch[1]}, the tokenizer's "
+            f"patches are of {tokenizer.patch_size} with {tokenizer.margin}; load both from the same checkpoint."
+        )
+
+
+def _check_scale(tokenizer: FieldTokenizer, fields: np.ndarray | torch.Tensor) -> None:
+    """Refuses fields whose size says that they are in another unit than the data of the training."""
+    if tokenizer.rms is None:
+        return
+    rms = float(torch.as_tensor(fields, dtype=torch.float64).square().mean().sqrt())
+    if not tokenizer.rms / LARGEST_SCALE < rms < tokenizer.rms * LARGEST_SCALE:
+        raise ValueError(
+            f"the fields' root mean square is {rms:.4g}, that of the tokenizer's data {tokenizer.rms:.4g}: they seem "
+            "to be in another unit or normalisation. Give them as the training data was, without normalising: the "
+            "tokenizer does that."
         )
 
 

@@ -52,6 +52,7 @@ from .attention_leviathan import PREFIX_SDPA, needs_no_mask
 from .configuration_leviathan import EMBEDDINGS, LeviathanConfig
 from .loss_leviathan import TableHead, chunked_loss, cross_entropy_of, fused_cross_entropy, is_plain
 from .masking_leviathan import create_prefix_mask, prefix_blocks, prefix_token_types
+from .positions_leviathan import WindowRotaryEmbedding
 
 
 def build_embedding(config: LeviathanConfig) -> nn.Module:
@@ -134,7 +135,9 @@ class LeviathanModel(LeviathanPreTrainedModel):
             [LlamaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        # CODEPATH: behind a margin, pixels are told where they lie. The published Leviathan counts tokens.
+        in_window = config.position_layout == "window"
+        self.rotary_emb = (WindowRotaryEmbedding if in_window else LlamaRotaryEmbedding)(config=config)
         self.gradient_checkpointing = False
 
         self.post_init()
@@ -265,10 +268,12 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         LLaMA knows no prefix: causal logits are equal, a prefix is lost.
 
         Raises:
-            ValueError: If the head is one of digits, which LLaMA does not have.
+            ValueError: If the head is one of digits, or positions are those of a grid: LLaMA has neither.
         """
         if self.config.output_head != "dense":
             raise ValueError(f"output_head = {self.config.output_head!r} is not LLaMA's; only 'dense' heads are.")
+        if self.config.position_layout != "sequence":
+            raise ValueError(f"position_layout = {self.config.position_layout!r} is not LLaMA's, which counts tokens.")
         embedding = self.model.embed_tokens
         shared = [name for name in inspect.get_annotations(LlamaConfig) if hasattr(self.config, name)]
         config = LlamaConfig(**{name: getattr(self.config, name) for name in shared if name != "model_type"})

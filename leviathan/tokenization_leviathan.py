@@ -50,6 +50,50 @@ def hilbert_order(size: int) -> np.ndarray:
     return row * size + column
 
 
+def to_windows(fields: Fields, patch_size: int, margin: int = 0) -> Fields:
+    """The patches of fields with ``margin`` pixels around each, taken periodically from the field.
+
+    Shapes: (batch, height, width) -> (batch x patches, patch_size + 2 margin, patch_size + 2 margin), numpy or torch;
+    fields in turn, their patches row by row.
+
+    Raises:
+        ValueError: If patches do not divide a field, or a field has no room for the margin: a patch alone does not
+            know what lies around it.
+    """
+    height, width = fields.shape[-2:]
+    size, window = patch_size, patch_size + 2 * margin
+    if any(side < 1 or side % size for side in (height, width)):
+        raise ValueError(
+            f"a field of {height} x {width} does not divide into patches of {size} x {size}; crop it, or choose "
+            "another patch_size."
+        )
+    if margin and min(height, width) < window:
+        raise ValueError(
+            f"a margin of {margin} pixels around patches of {size} x {size} needs a periodic field of at least "
+            f"{window} x {window}, not {height} x {width}: a patch alone has nothing around it. Give whole fields, or "
+            "use a model trained with margin 0."
+        )
+    inside = np.arange(-margin, size + margin)
+    rows, columns = ((np.arange(0, side, size)[:, None] + inside) % side for side in (height, width))
+    # (row of patches, 1, window, 1) and (1, column of patches, 1, window)
+    windows = fields[:, rows[:, None, :, None], columns[None, :, None, :]]
+    return windows.reshape(-1, window, window)
+
+
+def stitch(patches: Fields, field_shape: tuple[int, int]) -> Fields:
+    """Fields of their patches, the inverse of :func:`to_windows` without a margin.
+
+    Shapes: (batch x patches, P, P) -> (batch, height, width), numpy or torch, with ``field_shape`` (height, width).
+    """
+    (height, width), size = field_shape, patches.shape[-1]
+    fields = patches.reshape(-1, height // size, width // size, size, size).swapaxes(2, 3)
+    return fields.reshape(-1, height, width)
+
+
+def _positions(size: int, order: str) -> np.ndarray:
+    return hilbert_order(size) if order == "hilbert" else np.arange(size * size)
+
+
 class FieldTokenizer(FeatureExtractionMixin):
     r"""Turns scalar fields into token ids and back: one token a pixel, one sequence a square patch.
 
@@ -66,6 +110,10 @@ class FieldTokenizer(FeatureExtractionMixin):
         low: Lower end of the range, in the field's unit. None until :meth:`fit`.
         high: Upper end of the range.
         order: ``"raster"`` (row by row) or ``"hilbert"`` order of a patch's pixels.
+        margin: Pixels around a patch that a prefix holds beside the patch: the prior state is then that of a window of
+            side patch_size + 2 margin of a periodic field, and what flows in is known. 0 is an isolated patch.
+        rms: Root mean square of the data that the range was fitted to, in the field's unit; what is given to a model
+            is held against it. None until :meth:`fit`.
 
     Source: arXiv 2603.12244, "Distributional sequence modelling of turbulence"; the range and the order are ours.
     """
@@ -80,6 +128,8 @@ class FieldTokenizer(FeatureExtractionMixin):
         low: float | None = None,
         high: float | None = None,
         order: Literal["raster", "hilbert"] = "raster",
+        margin: int = 0,
+        rms: float | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -91,8 +141,11 @@ class FieldTokenizer(FeatureExtractionMixin):
             raise ValueError(f"order = {order!r}; expected 'raster' or 'hilbert'.")
         digit_layout(2**num_bits, base)  # validates the base
         self.patch_size, self.num_bits, self.base, self.order = patch_size, num_bits, base, order
+        if not 0 <= margin <= patch_size:
+            raise ValueError(f"margin = {margin}; expected 0 to patch_size = {patch_size}.")
+        self.margin, self.rms = margin, rms
         if order == "hilbert":
-            hilbert_order(patch_size)  # validates the size
+            hilbert_order(patch_size), hilbert_order(self.window_size)  # validates the sizes
         self.low = self.high = None
         if (low is None) != (high is None):
             raise ValueError(f"low = {low} and high = {high}; give both, or neither and call fit.")
@@ -110,6 +163,16 @@ class FieldTokenizer(FeatureExtractionMixin):
         return self.patch_size**2
 
     @property
+    def window_size(self) -> int:
+        """Side of what a prefix holds: the patch and its margin."""
+        return self.patch_size + 2 * self.margin
+
+    @property
+    def tokens_per_prefix(self) -> int:
+        """Tokens of a prior state."""
+        return self.window_size**2
+
+    @property
     def num_digits(self) -> int:
         """Digits of an id in ``base``."""
         return digit_layout(self.vocab_size, self.base)[1]
@@ -121,21 +184,25 @@ class FieldTokenizer(FeatureExtractionMixin):
         return (self.high - self.low) / self.vocab_size
 
     def fit(self, fields: Fields | Iterable[Fields]) -> FieldTokenizer:
-        """Sets the range to the least and greatest value of ``fields``: one array of any shape, or several in turn.
+        """Sets the range to the least and greatest value of ``fields``, and their root mean square.
+
+        ``fields`` is one array of any shape, or several in turn.
 
         Fit on training data alone.
 
         Raises:
             ValueError: If there are no values, some are not finite, or all are equal.
         """
-        low, high = np.inf, -np.inf
+        low, high, count, squares = np.inf, -np.inf, 0, 0.0
         for array in [fields] if isinstance(fields, (np.ndarray, torch.Tensor)) else fields:
             array = self._finite(array)
             if array.size:
                 low, high = min(low, float(array.min())), max(high, float(array.max()))
+                count, squares = count + array.size, squares + float(np.square(array, dtype=np.float64).sum())
         if low > high:
             raise ValueError("fit got no values; give it at least one field.")
         self._set_range(low, high)
+        self.rms = float(np.sqrt(squares / count))
         return self
 
     def __call__(
@@ -166,9 +233,7 @@ class FieldTokenizer(FeatureExtractionMixin):
                 f"fields have shape {np.shape(fields)}; expected (batch, height, width) or (height, width), not empty."
             )
         self._check_size(array.shape[1:])
-        ids = np.floor((array.astype(np.float64) - self.low) / self.level)
-        ids = np.clip(ids, 0, self.vocab_size - 1).astype(np.int64)
-        data = {"input_ids": self._to_patches(ids)}
+        data = {"input_ids": self._flat(to_windows(self._quantise(array), self.patch_size))}
         if return_num_clipped:
             data["num_clipped"] = ((array < self.low) | (array > self.high)).sum((1, 2))
         return BatchFeature({k: torch.from_numpy(v) for k, v in data.items()} if as_torch else data)
@@ -189,13 +254,7 @@ class FieldTokenizer(FeatureExtractionMixin):
         self._check_fitted()
         ids = input_ids.cpu().numpy() if isinstance(input_ids, torch.Tensor) else np.asarray(input_ids)
         height, width = field_shape or (self.patch_size, self.patch_size)
-        self._check_size((height, width))
-        patches = (height // self.patch_size) * (width // self.patch_size)
-        if ids.ndim != 2 or ids.shape[1] != self.tokens_per_patch or ids.shape[0] % patches:
-            raise ValueError(
-                f"input_ids have shape {ids.shape}; expected (batch x {patches}, {self.tokens_per_patch}) for "
-                f"fields of {height} x {width}."
-            )
+        self._check_ids(ids, (height, width))
         if not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"input_ids have dtype {ids.dtype}; expected integers.")
         if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab_size):
@@ -203,21 +262,66 @@ class FieldTokenizer(FeatureExtractionMixin):
         fields = self._to_fields(self.low + (ids + 0.5) * self.level, height, width).astype(np.float32)
         return torch.from_numpy(fields).to(input_ids.device) if isinstance(input_ids, torch.Tensor) else fields
 
-    def _positions(self) -> np.ndarray:
-        return hilbert_order(self.patch_size) if self.order == "hilbert" else np.arange(self.tokens_per_patch)
+    def prefix(self, input_ids: Fields, field_shape: tuple[int, int]) -> Fields:
+        """Prior states as a model reads them: the ids of each patch with its margin.
 
-    def _to_patches(self, fields: np.ndarray) -> np.ndarray:
-        batch, height, width = fields.shape
-        size = self.patch_size
-        patches = fields.reshape(batch, height // size, size, width // size, size).swapaxes(2, 3)
-        return patches.reshape(-1, size * size)[:, self._positions()]
+        Shapes: (batch x patches, patch_size**2), as :meth:`__call__` returns them, -> (batch x patches,
+        tokens_per_prefix), of the kind that came in (numpy or torch). ``field_shape`` is (height, width) of a field.
 
-    def _to_fields(self, patches: np.ndarray, height: int, width: int) -> np.ndarray:
+        Raises:
+            ValueError: If shapes do not make whole fields, or a field has no room for the margin.
+        """
+        if not self.margin:
+            return input_ids
+        self._check_ids(input_ids, field_shape)
+        fields = self._to_fields(input_ids, *field_shape)
+        return self._flat(to_windows(fields, self.patch_size, self.margin))
+
+    def window(self, fields: np.ndarray) -> np.ndarray:
+        """Ids of windows, the prior states of patches cut elsewhere: (batch, W, W) real -> (batch, tokens_per_prefix).
+
+        Raises:
+            ValueError: On windows of another size than W = patch_size + 2 margin, or values that are not finite.
+        """
+        self._check_fitted()
+        if fields.shape[1:] != (self.window_size, self.window_size):
+            raise ValueError(
+                f"windows have shape {fields.shape}; expected (batch, {self.window_size}, {self.window_size}): patches "
+                f"of {self.patch_size} with a margin of {self.margin}."
+            )
+        return self._flat(self._quantise(self._finite(fields)))
+
+    def centre(self) -> np.ndarray:
+        """Where in a prefix each token of the patch lies: (patch_size**2,)."""
+        places = np.empty(self.tokens_per_prefix, dtype=np.int64)
+        places[_positions(self.window_size, self.order)] = np.arange(self.tokens_per_prefix)
+        inside = slice(self.margin, self.margin + self.patch_size)
+        patch = places.reshape(self.window_size, self.window_size)[inside, inside]
+        return patch.reshape(-1)[_positions(self.patch_size, self.order)]
+
+    def _quantise(self, array: np.ndarray) -> np.ndarray:
+        ids = np.floor((array.astype(np.float64) - self.low) / self.level)
+        return np.clip(ids, 0, self.vocab_size - 1).astype(np.int64)
+
+    def _flat(self, windows: Fields) -> Fields:
+        size = windows.shape[-1]
+        return windows.reshape(-1, size * size)[:, _positions(size, self.order)]
+
+    def _to_fields(self, patches: Fields, height: int, width: int) -> Fields:
         size = self.patch_size
-        raster = np.empty_like(patches)
-        raster[:, self._positions()] = patches
-        fields = raster.reshape(-1, height // size, width // size, size, size).swapaxes(2, 3)
-        return fields.reshape(-1, height, width)
+        raster = np.empty_like(patches) if isinstance(patches, np.ndarray) else torch.empty_like(patches)
+        raster[:, _positions(size, self.order)] = patches
+        return stitch(raster.reshape(-1, size, size), (height, width))
+
+    def _check_ids(self, input_ids: Fields, field_shape: tuple[int, int]) -> None:
+        height, width = field_shape
+        self._check_size((height, width))
+        patches = (height // self.patch_size) * (width // self.patch_size)
+        if input_ids.ndim != 2 or input_ids.shape[1] != self.tokens_per_patch or input_ids.shape[0] % patches:
+            raise ValueError(
+                f"input_ids have shape {tuple(input_ids.shape)}; expected (batch x {patches}, {self.tokens_per_patch}) "
+                f"for fields of {height} x {width}."
+            )
 
     def _set_range(self, low: float, high: float) -> None:
         if not (np.isfinite(low) and np.isfinite(high) and low < high):
@@ -251,4 +355,4 @@ class FieldTokenizer(FeatureExtractionMixin):
         return array
 
 
-__all__ = ["FieldTokenizer"]
+__all__ = ["FieldTokenizer", "stitch", "to_windows"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import leviathan
 from leviathan.decoding_leviathan import (
     DETERMINISTIC,
     RANDOM,
@@ -113,6 +114,89 @@ def test_scores_of_few_tokens_exist_at_one_time(monkeypatch):
 def test_a_random_sampling_asks_for_its_numbers():
     with pytest.raises(ValueError, match="'sample' needs a uniform number"):
         decoder(sampling="sample")(inputs()[0])
+
+
+def smooth(sampling):
+    """A decoder's parts whose choices move little where the levels read move little, as those of a trained model."""
+    model = tiny(embedding_type="lookup")
+    ids, directions = torch.arange(VOCAB), torch.randn(2, model.config.hidden_size)
+    line = torch.stack([torch.ones(VOCAB), torch.linspace(-1, 1, VOCAB)], -1)  # never 0, where a norm would jump
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(line @ directions)
+
+    def head(hidden):  # a hump over a level that follows the hidden state
+        mean = VOCAB / 2 * (1 + torch.tanh(0.5 * hidden[..., :1]))
+        return -((ids - mean) ** 2) / 18
+
+    return model, Sampler(head, VOCAB, sampling)
+
+
+@pytest.mark.parametrize("sampling", ["expectation", "sample"])
+@torch.no_grad()
+def test_a_tolerance_saves_passes_and_stays_near(sampling):
+    model, sampler = smooth(sampling)
+    prefix, uniform = tokens(40, LENGTH), torch.rand(40, LENGTH, dtype=torch.float64)
+    sequential = Decoder(model, sampler, LENGTH).without_cache(prefix, uniform)
+    assert sequential.unique().numel() > 10
+    passes = []
+    for tolerance in (0, 1, 4):
+        by_blocks = Decoder(model, sampler, LENGTH, block_size=LENGTH, tolerance=tolerance)
+        difference = (by_blocks(prefix, uniform) - sequential).abs()
+        assert difference[:, 0].max() == 0  # nothing is guessed before the first
+        assert difference.max() <= 2 * tolerance
+        passes.append(by_blocks.num_row_passes)
+    assert passes[0] > passes[1] > passes[2]
+    everything = Decoder(model, sampler, LENGTH, block_size=LENGTH, tolerance=VOCAB)
+    everything(prefix, uniform)
+    assert everything.num_passes == 1  # any guess will do
+
+
+@torch.no_grad()
+def test_each_token_is_chosen_behind_predecessors_within_the_tolerance():
+    """The sampler sees what was guessed: it must lie within the tolerance of what is kept before each kept token."""
+    prefix, _ = inputs()
+    seen = {}
+
+    class Watched(Decoder):
+        def _forward(self, ids, positions, cache, masked=False):
+            if masked:
+                for row, (guess, at) in enumerate(zip(ids.tolist(), positions.tolist(), strict=True)):
+                    seen[row] = {**seen.get(row, {}), **dict(zip(at, guess, strict=True))}
+            return super()._forward(ids, positions, cache, masked)
+
+    model, sampler = smooth("expectation")
+    by_blocks = Watched(model, sampler, LENGTH, block_size=5, tolerance=3)
+    kept = by_blocks(prefix[:1])[0].tolist()
+    read = [seen[0][LENGTH + i] for i in range(LENGTH - 1)]  # as last read, and so in the cache
+    assert max(abs(a - b) for a, b in zip(read, kept, strict=False)) <= 3
+    assert read != kept[:-1]
+
+
+@torch.no_grad()
+def test_passes_of_a_row_are_counted():
+    prefix, uniform = inputs()
+    plain = decoder(sampling="sample")
+    plain.one_by_one(prefix, uniform)
+    assert (plain.num_passes, plain.num_row_passes) == (LENGTH - 1, ROWS * (LENGTH - 1))
+    alone = decoder(sampling="sample", block_size=4)
+    for row in range(ROWS):
+        alone(prefix[row : row + 1], uniform[row : row + 1])
+    together = decoder(sampling="sample", block_size=4)
+    together(prefix, uniform)
+    assert alone.num_passes == alone.num_row_passes  # of one row each
+    assert alone.num_row_passes <= together.num_row_passes <= ROWS * together.num_passes
+
+
+def test_rollout_takes_a_tolerance(monkeypatch):
+    tokenizer = leviathan.FieldTokenizer(patch_size=4, num_bits=5, base=7, low=-2.0, high=2.0)
+    model, fields = tiny(vocab_size=32), torch.randn(1, 8, 8).clamp(-2, 2)
+    given = []
+    monkeypatch.setattr(Decoder, "by_blocks", lambda self, prefix, uniform: given.append(self.tolerance) or prefix)
+    leviathan.rollout(model, tokenizer, fields, num_steps=1, block_size=4, tolerance=2, progress=False)
+    assert given == [2]
+    for options in ({"tolerance": -1, "block_size": 4}, {"tolerance": 1}):
+        with pytest.raises(ValueError, match=r"tolerance = .* with block_size"):
+            leviathan.rollout(model, tokenizer, fields, **options)
 
 
 @torch.no_grad()

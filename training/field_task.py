@@ -88,9 +88,8 @@ class FieldTrainer(LeviathanTrainer):
 
 def reference_scores(validation: Dataset, tokenizer: FieldTokenizer) -> dict[str, float]:
     """What the validation loss and nRMSE are to be held against: marginal entropy (nats) and persistence's nRMSE."""
-    half = tokenizer.tokens_per_patch
-    pairs = torch.stack([validation[i]["input_ids"] for i in range(len(validation))])
-    before, after = pairs[:, :half].numpy(), pairs[:, half:].numpy()
+    pairs = torch.stack([validation[i]["input_ids"] for i in range(len(validation))]).numpy()
+    before, after = pairs[:, tokenizer.centre()], pairs[:, tokenizer.tokens_per_prefix :]
     return {
         "marginal_entropy": marginal_entropy(after),
         "persistence_nrmse": nrmse(before, after, tokenizer),
@@ -118,13 +117,14 @@ class FieldTask:
     def __init__(self, settings: Settings, args: TrainingSettings):
         self.data, self.args = FieldSettings(**settings["data"]), args
         self.tokenizer = FieldTokenizer(**settings["tokenizer"])
-        self.tokens_per_item = 2 * self.tokenizer.tokens_per_patch
+        self.tokens_per_item = self.tokenizer.tokens_per_prefix + self.tokenizer.tokens_per_patch
 
     @staticmethod
     def allowed_keys() -> dict[str, list[str]]:
         """The keys of this task's sections; those of the model that the tokenizer decides are not among them."""
         parameters = inspect.signature(FieldTokenizer).parameters
         derived = {"vocab_size", "max_position_embeddings", "embedding_base", "embedding_num_digits"}
+        derived |= {"patch_size", "patch_margin"}
         return {
             "data": [f.name for f in dataclasses.fields(FieldSettings)],
             "tokenizer": [name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD],
@@ -136,6 +136,10 @@ class FieldTask:
         sizes = {"vocab_size": self.tokenizer.vocab_size, "max_position_embeddings": self.tokens_per_item}
         if given.get("embedding_type", "separable") in ("separable", "codebook"):
             sizes["embedding_base"] = self.tokenizer.base
+        if given.get("position_layout") == "window":
+            if self.tokenizer.order != "raster":
+                raise ValueError(f"position_layout = 'window' needs order = 'raster', not {self.tokenizer.order!r}.")
+            sizes |= {"patch_size": self.tokenizer.patch_size, "patch_margin": self.tokenizer.margin}
         return given | sizes
 
     def open(self) -> None:

@@ -271,8 +271,9 @@ def sample_snapshots(
 class PatchPairs(Dataset):
     """Pairs of one patch at two times, as token sequences for a Prefix-LM: p(t) is read, p(t + stride) is learned.
 
-    Item: `input_ids` `(2 n,)`, the n tokens of p(t), then those of p(t + stride); `labels` `(2 n,)`, −100 on the
-    first half and the ids on the second. Both int64; n = `prefix_length` = patch_size².
+    Item: `input_ids` `(m + n,)`, the m tokens of p(t), then the n = patch_size² tokens of p(t + stride); `labels`, as
+    many, −100 on the first m and the ids on the rest. Both int64. m = `prefix_length` = n, or that of the window if the
+    tokenizer has a margin: p(t) is then the patch and what lies around it on the periodic field.
 
     `offsets="grid"` (the paper's): the non-overlapping patches of the grid, each (trajectory, t, patch) once, patches
     in row-major order fastest. `offsets="random"`: `num_items` items; item i draws a trajectory, a t, a patch anywhere
@@ -323,6 +324,9 @@ class PatchPairs(Dataset):
             f"stride = {stride} must be from 1 to {fields.num_snapshots - 1}": stride < 1 or self.num_times < 1,
             f"offsets = {offsets!r} must be 'grid' or 'random'": not (grid or random),
             f"patch_size = {size} exceeds the grid {num_x} x {num_y}; use a smaller patch": size > min(num_x, num_y),
+            f"patches of {size} with a margin of {tokenizer.margin} exceed the grid {num_x} x {num_y}": (
+                tokenizer.window_size > min(num_x, num_y)
+            ),
             cut: grid and (num_x % size or num_y % size),
             "num_items, symmetries and context_noise go with offsets='random' only": (
                 grid and (num_items is not None or symmetries or context_noise)
@@ -337,6 +341,7 @@ class PatchPairs(Dataset):
             if applies:
                 raise ValueError(f"{fields.path}: {reason}")
         self.patches_per_field = (num_x // size) * (num_y // size)
+        self._centre = torch.from_numpy(tokenizer.centre())
         self.num_items = num_items or len(self.trajectories) * self.num_times * self.patches_per_field
 
     def __len__(self) -> int:
@@ -345,16 +350,17 @@ class PatchPairs(Dataset):
     @property
     def prefix_length(self) -> int:
         """Tokens of the first state, which every position sees."""
-        return self.tokenizer.tokens_per_patch
+        return self.tokenizer.tokens_per_prefix
 
     def collate(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-        """A batch as the model takes it: tensors (batch, 2 n), and one `prefix_length` for all rows."""
+        """A batch as the model takes it: tensors (batch, tokens), and one `prefix_length` for all rows."""
         return default_collate(items) | {"prefix_length": self.prefix_length}
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self.num_items:
             raise IndexError(f"item {index} does not exist; there are {self.num_items}")
-        prefix, target = self.tokenizer(self.patches(int(index)), return_tensors="pt")["input_ids"]
+        prefix, target = torch.from_numpy(self.tokenizer.window(self.patches(int(index))))
+        target = target[self._centre]
         return {
             "input_ids": torch.cat([prefix, self._noisy(target, int(index))]),
             "labels": torch.cat([torch.full_like(prefix, IGNORED_LABEL), target]),
@@ -368,8 +374,11 @@ class PatchPairs(Dataset):
         return (target + torch.from_numpy(np.rint(noise).astype(np.int64))).clamp(0, self.tokenizer.vocab_size - 1)
 
     def patches(self, index: int) -> np.ndarray:
-        """The vorticity of item `index` before it is made tokens: `(2, patch_size, patch_size)` float32."""
-        size, symmetry = self.tokenizer.patch_size, 0
+        """The vorticity of item `index` before it is made tokens, both states with the margin: `(2, W, W)` float32.
+
+        W = patch_size + 2 margin, with the tokenizer's margin.
+        """
+        size, margin, symmetry = self.tokenizer.patch_size, self.tokenizer.margin, 0
         if self.offsets == "grid":
             index, patch = divmod(index, self.patches_per_field)
             row, column = divmod(patch, self.fields.grid[1] // size)
@@ -383,8 +392,8 @@ class PatchPairs(Dataset):
         pair = np.stack(
             [
                 self.fields.snapshot(trajectory, time)
-                .take(range(x, x + size), axis=0, mode="wrap")
-                .take(range(y, y + size), axis=1, mode="wrap")
+                .take(range(x - margin, x + size + margin), axis=0, mode="wrap")
+                .take(range(y - margin, y + size + margin), axis=1, mode="wrap")
                 for time in (t, t + self.stride)
             ]
         )
