@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -343,7 +344,11 @@ def test_evaluation_has_the_precision_of_training(settings, monkeypatch):
     assert set(seen) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("turbulence_*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "config",
+    [path for path in sorted(CONFIGS.glob("*.yaml")) if re.match(r"(turbulence|operators)_(?!arms)", path.name)],
+    ids=lambda p: p.name,
+)
 def test_configs_are_valid(config, tmp_path):
     allowed = train.allowed_keys()
     plan = train.run(read_settings(config, ["--training.output_dir", str(tmp_path)], allowed), dry_run=True)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, SequentialSampler, Subset
 
-from leviathan import FieldTokenizer, LeviathanConfig, LeviathanForCausalLM
+from leviathan import FieldTokenizer, LeviathanForCausalLM
 from sna_core import DigitHead
 from training.fields import FieldFile, PatchPairs, data_record, sample_snapshots, split_trajectories
+from training.leviathan_model import MODEL_KEYS, build_leviathan, describe_leviathan
 from training.provenance import relative
 from training.settings import Settings
 from training.trainer import LeviathanTrainer, TrainingSettings, marginal_entropy
@@ -110,9 +111,11 @@ class FieldTask:
         train, validation: The items, once opened.
         tokens_per_item: Tokens of an item.
         trainer_class: The loop.
+        unit: What steps are counted in.
     """
 
     trainer_class = FieldTrainer
+    unit = "tokens"
 
     def __init__(self, settings: Settings, args: TrainingSettings):
         self.data, self.args = FieldSettings(**settings["data"]), args
@@ -128,7 +131,7 @@ class FieldTask:
         return {
             "data": [f.name for f in dataclasses.fields(FieldSettings)],
             "tokenizer": [name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD],
-            "model": [name for name in inspect.get_annotations(LeviathanConfig) if name not in derived],
+            "model": [name for name in MODEL_KEYS if name not in derived],
         }
 
     def model_options(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +144,14 @@ class FieldTask:
                 raise ValueError(f"position_layout = 'window' needs order = 'raster', not {self.tokenizer.order!r}.")
             sizes |= {"patch_size": self.tokenizer.patch_size, "patch_margin": self.tokenizer.margin}
         return given | sizes
+
+    def build_model(self, given: dict[str, Any]) -> LeviathanForCausalLM:
+        """A new model of the settings that were ``given``."""
+        return build_leviathan(self.model_options(given))
+
+    def describe(self, model: LeviathanForCausalLM) -> dict[str, Any]:
+        """Sizes of the model and of what it learns from."""
+        return describe_leviathan(model, self.args, self.tokens_per_item)
 
     def open(self) -> None:
         """Reads what the data needs to be read for: range of the quantiser, training and validation pairs."""

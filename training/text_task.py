@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import time
 from collections.abc import Iterator
@@ -14,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from leviathan import LeviathanConfig, LeviathanForCausalLM
+from leviathan import LeviathanForCausalLM
 from sna_core.digit_embedding import DigitEmbedding
+from training.leviathan_model import MODEL_KEYS, build_leviathan, describe_leviathan
 from training.provenance import relative, write_text
 from training.settings import Settings
 from training.text import TextSettings, TextStream, validation_sequences
@@ -143,9 +143,11 @@ class TextTask:
         train, validation: The stream and the fixed sequences, once opened.
         tokens_per_item: Tokens of a sequence.
         trainer_class: The loop.
+        unit: What steps are counted in.
     """
 
     trainer_class = TextTrainer
+    unit = "tokens"
 
     def __init__(self, settings: Settings, args: TrainingSettings):
         try:
@@ -164,7 +166,7 @@ class TextTask:
         return {
             "data": [f.name for f in dataclasses.fields(TextSettings)],
             "tokenizer": [f.name for f in dataclasses.fields(TokenizerSettings)],
-            "model": list(inspect.get_annotations(LeviathanConfig)),
+            "model": MODEL_KEYS,
         }
 
     @property
@@ -200,6 +202,14 @@ class TextTask:
         if self.given.order is not None:
             sizes["embedding_ordered"] = True  # means nothing to embeddings without digits
         return sizes
+
+    def build_model(self, given: dict[str, Any]) -> LeviathanForCausalLM:
+        """A new model of the settings that were ``given``."""
+        return build_leviathan(self.model_options(given))
+
+    def describe(self, model: LeviathanForCausalLM) -> dict[str, Any]:
+        """Sizes of the model and of what it learns from."""
+        return describe_leviathan(model, self.args, self.tokens_per_item)
 
     def open(self) -> None:
         """Opens the stream of training, and reads the sequences of validation."""

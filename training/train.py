@@ -1,10 +1,11 @@
-"""Trains a Leviathan: on the next state of flow fields, or on the next token of text.
+"""Trains a Leviathan, on the next state of flow fields or the next token of text; or an operator on the same fields.
 
     accelerate launch -m training.train --config training/configs/turbulence_tiny_cpu.yaml [--training.max_steps 100]
     accelerate launch -m training.train --config training/configs/text_tiny_cpu.yaml
+    accelerate launch -m training.train --config training/configs/operators_cpu.yaml --model.architecture unet
 
-A config has four sections: `data` and `tokenizer`, whose keys are those of the task that `data.kind` names (`fields`:
-training/field_task.py, `text`: training/text_task.py), `model` (leviathan.LeviathanConfig, and attn_implementation) and
+A config has four sections: `data`, `tokenizer` and `model`, whose keys are those of the task that `data.kind` names
+(`fields`: training/field_task.py, `text`: training/text_task.py, `operators`: training/operator_task.py), and
 `training` (transformers.TrainingArguments and what training.trainer.TrainingSettings adds). The loop, mixed precision,
 accumulation, checkpoints, resume and trackers are transformers' Trainer's.
 """
@@ -19,21 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel, set_seed
 
-from leviathan import LeviathanConfig, LeviathanForCausalLM
 from training.field_task import FieldTask
+from training.operator_task import OperatorTask
 from training.provenance import provenance, write_json
 from training.settings import Settings, parse_arguments
 from training.text_task import TextTask
 from training.trainer import JsonLog, LeviathanTrainer, TrainingSettings, build_arguments
 
-TASKS: dict[str, type[FieldTask] | type[TextTask]] = {"fields": FieldTask, "text": TextTask}
+Task = FieldTask | OperatorTask | TextTask
+TASKS: dict[str, type[Task]] = {"fields": FieldTask, "text": TextTask, "operators": OperatorTask}
 
 
 def allowed_keys() -> dict[str, list[str]]:
     """The keys of each section of a config, of all tasks."""
-    keys = {"data": set(), "tokenizer": set(), "model": {"attn_implementation"}}
+    keys: dict[str, set[str]] = {"data": set(), "tokenizer": set(), "model": set()}
     for task in TASKS.values():
         for section, names in task.allowed_keys().items():
             keys[section] |= set(names)
@@ -41,7 +44,7 @@ def allowed_keys() -> dict[str, list[str]]:
     return {section: sorted(names) for section, names in keys.items()} | {"training": training}
 
 
-def build_task(settings: Settings, args: TrainingSettings) -> FieldTask | TextTask:
+def build_task(settings: Settings, args: TrainingSettings) -> Task:
     """The task that the settings name, without a look at its data.
 
     Raises:
@@ -51,37 +54,11 @@ def build_task(settings: Settings, args: TrainingSettings) -> FieldTask | TextTa
     if kind not in TASKS:
         raise ValueError(f"data.kind = {kind!r}; expected one of {', '.join(TASKS)}.")
     for section, names in TASKS[kind].allowed_keys().items():
-        for name in settings[section].keys() - names - {"attn_implementation"}:
+        for name in settings[section].keys() - names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(names))}."
             raise ValueError(f"{section}.{name} is no setting of a run on {kind} (data.kind); {hint}")
     return TASKS[kind](settings, args)
-
-
-def describe(model: LeviathanForCausalLM, args: TrainingArguments, tokens_per_item: int) -> dict[str, Any]:
-    """Parameter counts, tokens and an estimate of the memory of training."""
-    embedding = sum(p.numel() for p in model.get_input_embeddings().parameters())
-    total = sum(p.numel() for p in model.parameters())  # shared tensors count once
-    head = 0 if model.config.tie_word_embeddings else sum(p.numel() for p in model.lm_head.parameters())
-    items = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    config = model.config
-    # Kept for backward a token and layer: about 8 vectors of the hidden size, 3 of the MLP's, and the attention's
-    # inputs; the logits of a chunk, their gradient and their float32 copy.
-    token = config.num_hidden_layers * (10 * config.hidden_size + 3 * config.intermediate_size) * 4
-    batch_tokens = args.per_device_train_batch_size * tokens_per_item
-    # Those of a head of digits are as few as the base.
-    width = config.vocab_size if config.output_head == "dense" else model.lm_head.base * model.lm_head.num_digits
-    logits = min(batch_tokens, config.loss_chunk_size or batch_tokens) * width * 4 * 3
-    return {
-        "num_parameters": total,
-        "embedding_parameters": embedding,
-        "head_parameters": head,
-        "backbone_parameters": total - embedding - head,
-        "tokens_per_step": items * tokens_per_item,
-        "total_tokens": items * tokens_per_item * args.max_steps,
-        "tokens_per_parameter": items * tokens_per_item * args.max_steps / total,
-        "estimated_gib": (16 * total + batch_tokens * token + logits) / 2**30,
-    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +66,21 @@ class Parts:
     """What a run is made of."""
 
     args: TrainingSettings
-    task: FieldTask | TextTask
-    model: LeviathanForCausalLM
+    task: Task
+    model: PreTrainedModel
 
 
-def build_model(settings: Settings, task: FieldTask | TextTask, seed: int) -> LeviathanForCausalLM:
-    """The model of the settings for the task's tokens, with initial values from the seed."""
-    options = dict(settings["model"])
-    attention = options.pop("attn_implementation", None)
-    config = LeviathanConfig(**task.model_options(options))
+def build_model(settings: Settings, task: Task, seed: int) -> PreTrainedModel:
+    """The model of the settings for the task's data, with initial values from the seed.
+
+    Raises:
+        ValueError: On settings of the model that are out of range or do not fit each other.
+    """
     set_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    try:
+        return task.build_model(settings["model"])
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
 
 
 def build(settings: Settings) -> Parts:
@@ -169,7 +150,7 @@ def finish(
 
     In its `validation`, what is not finite is None: JSON knows no NaN, and a run that diverged has a record too.
     """
-    args, steps = parts.args, trainer.state.global_step
+    args, task, steps = parts.args, parts.task, trainer.state.global_step
     parts.model.config.use_cache = True  # the Trainer turned it off
     trainer.save_model(args.output_dir)
     (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle; training.json says it all
@@ -181,15 +162,16 @@ def finish(
     ]
     # Of this part of the run, if it was resumed; without evaluation.
     seconds -= sum(row["runtime"] for row in validation if row["step"] > first)
-    report |= parts.task.report() | trainer.report()
+    report |= task.report() | trainer.report()
     report |= {
         "steps": steps,
         "resumed_from_step": first,
         "seconds": seconds,
-        "tokens_per_second": (steps - first) * report["tokens_per_step"] / seconds if steps > first else None,
+        f"{task.unit}_per_second": (
+            (steps - first) * report[f"{task.unit}_per_step"] / seconds if steps > first else None
+        ),
         "validation": validation,
         "seed": args.seed,
-        "embedding_type": parts.model.config.embedding_type,
         "provenance": provenance(args.seed),
     }
     if trainer.is_world_process_zero():
@@ -229,7 +211,7 @@ def run(settings: Settings, dry_run: bool = False) -> dict[str, Any]:
     )
     if trainer.is_fsdp_enabled:
         raise ValueError("evaluation goes past the sharded root of FSDP; use DDP or DeepSpeed (deepspeed_zero2.yaml).")
-    report = describe(parts.model, args, task.tokens_per_item) | task.references()
+    report = task.describe(parts.model) | task.references()
     trainer.accelerator.wait_for_everyone()  # all have looked at the folder before one writes to it
     if trainer.is_world_process_zero():
         write_json(output / "run.json", record)
@@ -247,9 +229,10 @@ def plan(settings: Settings) -> dict[str, Any]:
     task = build_task(settings, args)
     with torch.device("meta"):
         model = build_model(settings, task, args.seed)
-    report = describe(model, args, task.tokens_per_item)
+    report = task.describe(model)
     for name, value in report.items():
-        print(f"{name:>24} {value:,.2f}" if isinstance(value, float) else f"{name:>24} {value:,}")
+        shown = value if isinstance(value, str) else f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
+        print(f"{name:>24} {shown}")
     return report
 
 
