@@ -147,11 +147,7 @@ def crps(ensemble: Array, true: Array) -> np.ndarray:
 
     Source: Ferro, Q. J. R. Meteorol. Soc. 140 (2014).
     """
-    ensemble, true = _field(ensemble, "ensemble"), _field(true, "true")
-    if ensemble.ndim < 3 or ensemble.shape[:-3] + ensemble.shape[-2:] != true.shape:
-        raise ValueError(
-            f"ensemble has shape {ensemble.shape} and true {true.shape}; expected (..., M, X, Y), (..., X, Y)."
-        )
+    ensemble, true = _ensemble(ensemble, true)
     members = ensemble.shape[-3]
     score = _mean(np.abs(ensemble - true[..., None, :, :])).mean(-1)
     if members == 1:
@@ -159,6 +155,67 @@ def crps(ensemble: Array, true: Array) -> np.ndarray:
     # sum_ij |x_i − x_j| = 2 sum_i (2 i − M − 1) x_(i) over the sorted members: no pairs are formed.
     weights = (2 * np.arange(1, members + 1) - members - 1) / (members * (members - 1))
     return score - (_mean(np.sort(ensemble, axis=-3)) * weights).sum(-1)
+
+
+def _ensemble(ensemble: Array, true: Array) -> tuple[np.ndarray, np.ndarray]:
+    ensemble, true = _field(ensemble, "ensemble"), _field(true, "true")
+    if ensemble.ndim < 3 or ensemble.shape[:-3] + ensemble.shape[-2:] != true.shape:
+        raise ValueError(
+            f"ensemble has shape {ensemble.shape} and true {true.shape}; expected (..., M, X, Y), (..., X, Y)."
+        )
+    return ensemble, true
+
+
+@dataclass(frozen=True)
+class SpreadSkill:
+    """Spread and skill of ensembles, (...) each, in the field's unit."""
+
+    spread: np.ndarray
+    skill: np.ndarray
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """1 for a reliable ensemble, below for one that is too sure of itself."""
+        return _relative(self.spread, self.skill)
+
+
+def spread_skill(ensemble: Array, true: Array) -> SpreadSkill:
+    """Spread sqrt((M + 1) / M <s²>) and skill sqrt(<(mean_i x_i − y)²>), means over space.
+
+    s² is the members' unbiased variance at a point. The factor belongs to a mean of M members alone: if truth and
+    members are drawn from one distribution, both have one expected square, whatever M.
+
+    Shapes: ensemble (..., M, X, Y) and true (..., X, Y) -> (...).
+
+    Raises:
+        ValueError: If there are fewer than two members, or as for all.
+
+    Source: Fortin et al., J. Hydrometeorol. 15 (2014).
+    """
+    ensemble, true = _ensemble(ensemble, true)
+    if (members := ensemble.shape[-3]) < 2:
+        raise ValueError(f"ensemble has shape {ensemble.shape}: {members} member; a spread needs at least two.")
+    variance = _mean(ensemble.var(axis=-3, ddof=1))
+    return SpreadSkill(
+        np.sqrt((members + 1) / members * variance), np.sqrt(_mean((ensemble.mean(axis=-3) - true) ** 2))
+    )
+
+
+def rank_histogram(ensemble: Array, true: Array) -> np.ndarray:
+    """Shares of points at which the truth lies above 0, 1, .. M of the members: flat for a reliable ensemble.
+
+    A truth that equals some members counts in equal parts for all ranks that it spans, which is what breaking ties at
+    random gives on average. A hump says too wide, a valley too narrow, a slope biased.
+
+    Shapes: ensemble (..., M, X, Y) and true (..., X, Y) -> (..., M + 1), sum 1.
+
+    Source: Hamill, Mon. Weather Rev. 129 (2001).
+    """
+    ensemble, true = _ensemble(ensemble, true)
+    below = (ensemble < true[..., None, :, :]).sum(-3)[..., None, :, :]
+    tied = (ensemble == true[..., None, :, :]).sum(-3)[..., None, :, :]
+    ranks = np.arange(ensemble.shape[-3] + 1)[:, None, None]
+    return _mean(((below <= ranks) & (ranks <= below + tied)) / (tied + 1))
 
 
 # ------------------------------------------------------------------------------------------------------------- spectra

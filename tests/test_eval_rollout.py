@@ -1,5 +1,6 @@
-"""eval.rollout, eval.figures, eval.card: with a rollout that is given, and by the command line with a tiny model."""
+"""eval.rollout, scoring, figures and card: with rollouts that are given, and by the command line with a tiny model."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import leviathan
-from eval import card, figures, metrics
+from eval import card, figures, metrics, scoring
 from eval import rollout as job
 from training import provenance
 from training.fields import FieldFile, data_record
@@ -55,10 +56,20 @@ def perfect(initial, sampling, seed):
     return torch.as_tensor(TRUTH[:, 1:] + 0.1 * noise)
 
 
+SETTING = scoring.MetricSettings(TOKENIZER.low, TOKENIZER.high, TOKENIZER.patch_size, length=2.0, band=(2, 6))
+
+
+def evaluated(predictions, truth=TRUTH, others=OTHERS):
+    """Rows of these functions of initial states and a seed, those of `sample` with all seeds, and the references."""
+    rows = [scoring.Row(name, each, SEEDS if name == "sample" else [0]) for name, each in predictions.items()]
+    references = scoring.reference_rows(truth, others, TOKENIZER)
+    return scoring.evaluate(truth, [*rows, *references], SETTING, progress=False)
+
+
 @pytest.fixture(scope="module")
 def evaluation():
-    return job.evaluate(
-        TRUTH, OTHERS, perfect, TOKENIZER, ["expectation", "sample"], SEEDS, length=2.0, band=(2, 6), progress=False
+    return evaluated(
+        {name: lambda initial, seed, name=name: perfect(initial, name, seed) for name in ("expectation", "sample")}
     )
 
 
@@ -80,7 +91,7 @@ def mean(results, row, metric):
 def test_every_row_has_every_metric_at_every_step(results):
     assert list(results["rows"]) == ROWS
     for row in ROWS:
-        for metric in job.METRICS:
+        for metric in scoring.METRICS:
             entry = results["rows"][row]["metrics"][metric]
             assert len(entry["mean"]) == len(entry["low"]) == len(entry["high"]) == NUM_STEPS
             assert (entry["seed_spread"] is not None) == (row == "sample" and metric != "crps")
@@ -92,12 +103,12 @@ def test_every_row_has_every_metric_at_every_step(results):
     assert results["rows"]["expectation"]["seeds"] == [0]
     assert results["rows"]["sample"]["seeds"] == SEEDS
     assert results["rows"]["sample"]["tokens_per_second"] > 0
-    assert set(results["noise_floor"]) == set(job.FLOOR_METRICS)
+    assert set(results["noise_floor"]) == set(scoring.FLOOR_METRICS)
     json.dumps(results, allow_nan=False)
 
 
 def test_a_perfect_prediction_has_no_error(results):
-    for metric, (_, best) in job.METRICS.items():
+    for metric, (_, best) in scoring.METRICS.items():
         if metric != "border_jump":
             np.testing.assert_allclose(mean(results, "expectation", metric), best, atol=1e-6)
     np.testing.assert_allclose(mean(results, "expectation", "border_jump"), results["truth"]["border_jump"], rtol=1e-5)
@@ -134,29 +145,25 @@ def test_verdicts_are_paired_and_honest(results):
         ([1.0, 1.1, 0.9], "worse than persistence"),
         ([-1.0, -9.0, -0.1], "like persistence"),  # one sign, and three flows do not tell
     ]:
-        compared = job._compared(np.array(differences)[:, None])
+        compared = scoring._compared(np.array(differences)[:, None])
         made = {"comparisons": {"row": {"persistence": {"nrmse": compared}}}}
         assert card.verdict(made, "row", "persistence", "nrmse", 1) == words
     errors = [np.abs(mean(results, "expectation", "nrmse")), mean(results, "persistence", "nrmse")]
     difference = results["comparisons"]["expectation"]["persistence"]["nrmse"]["mean"]
     np.testing.assert_allclose(difference, errors[0] - errors[1], rtol=1e-4)
-    still = job.evaluate(
-        TRUTH, OTHERS, lambda *_: np.repeat(TRUTH[:, :1], NUM_STEPS, 1), TOKENIZER, ["greedy"], [0], progress=False
-    )
+    still = evaluated({"greedy": lambda *_: np.repeat(TRUTH[:, :1], NUM_STEPS, 1)})
     assert card.verdict(still.results, "greedy", "persistence", "nrmse", 3) == "like persistence"
 
 
 def test_one_flow_has_neither_floor_nor_intervals():
-    one = job.evaluate(TRUTH[:1], OTHERS[:1], lambda *_: TRUTH[:1, 1:], TOKENIZER, ["greedy"], [0], progress=False)
+    one = evaluated({"greedy": lambda *_: TRUTH[:1, 1:]}, TRUTH[:1], OTHERS[:1])
     assert one.results["noise_floor"] is None
     assert one.results["rows"]["persistence"]["metrics"]["nrmse"]["low"] is None
     json.dumps(one.results, allow_nan=False)
 
 
 def test_one_step_into_a_constant_state_can_be_drawn(tmp_path, results):
-    flat = job.evaluate(
-        TRUTH[:, :2], OTHERS[:, :1], lambda *_: np.zeros_like(OTHERS[:, :1]), TOKENIZER, ["greedy"], [0], progress=False
-    )
+    flat = evaluated({"greedy": lambda *_: np.zeros_like(OTHERS[:, :1])}, TRUTH[:, :2], OTHERS[:, :1])
     drawn = results | flat.results
     np.testing.assert_allclose(mean(drawn, "greedy", "nrmse"), 1)
     assert mean(drawn, "greedy", "energy_error") == pytest.approx(-np.log(metrics.RELATIVE_FLOOR), rel=1e-5)
@@ -167,15 +174,33 @@ def test_one_step_into_a_constant_state_can_be_drawn(tmp_path, results):
 
 
 def test_states_that_do_not_fit_are_refused():
-    def run(rollout, truth=TRUTH, others=OTHERS):
-        job.evaluate(truth, others, rollout, TOKENIZER, ["greedy"], [0], progress=False)
-
     with pytest.raises(ValueError, match=r"greedy has shape .* expected \(seeds, 3, 6, 16, 16\)"):
-        run(lambda *_: TRUTH)
+        evaluated({"greedy": lambda *_: TRUTH})
     with pytest.raises(ValueError, match="expected finite"):
-        run(lambda *_: np.full_like(OTHERS, np.nan))
+        evaluated({"greedy": lambda *_: np.full_like(OTHERS, np.nan)})
     with pytest.raises(ValueError, match="climatology"):
-        run(perfect, others=OTHERS[:2])
+        evaluated({}, others=OTHERS[:2])
+
+
+def test_windowed_spectra_are_those_of_the_patches():
+    """Patches that do not fit together: the field's own spectrum sees their borders, that of the patches does not."""
+    rng = np.random.default_rng(0)
+    apart = np.concatenate(
+        [np.roll(TRUTH[0, 1:, i : i + 4], rng.integers(16), axis=-1) for i in range(0, 16, 4)], axis=-2
+    )
+    windowed = dataclasses.replace(SETTING, windowed=True, band=(1, 2))
+    spectra = [metrics.patch_spectrum(field, 4, 2.0) for field in (apart, TRUTH[0, 1:])]
+    np.testing.assert_array_equal(windowed.spectrum(apart), spectra[0])
+    scores = windowed.score(apart, TRUTH[0, 1:])
+    np.testing.assert_allclose(scores["mean_log_ratio"], metrics.mean_log_ratio(*spectra))
+    np.testing.assert_allclose(scores["energy_error"], metrics.energy_error(*spectra))
+    np.testing.assert_allclose(scores["slope_error"], metrics.slope_error(*spectra, (1, 2)))
+    plain = SETTING.score(apart, TRUTH[0, 1:])
+    same = [
+        name for name in scores if name not in ("energy_error", "slope_error", "mean_log_ratio", "weighted_log_ratio")
+    ]
+    assert all(np.array_equal(scores[name], plain[name]) for name in same)
+    assert (plain["mean_log_ratio"] > scores["mean_log_ratio"]).all()
 
 
 # ----------------------------------------------------------------------------------------------- pictures and words

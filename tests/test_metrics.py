@@ -107,6 +107,34 @@ def test_crps_of_a_normal_ensemble_tends_to_the_integral():
     assert metrics.crps(ensemble, np.zeros((400, 400))) == pytest.approx(expected, abs=2e-3)
 
 
+def test_spread_and_skill_by_hand():
+    ensemble = np.stack([np.full((2, 2), value) for value in (1.0, 2.0, 6.0)])
+    found = metrics.spread_skill(ensemble, np.full((2, 2), 1.0))
+    assert found.spread == pytest.approx(np.sqrt(4 / 3 * 7))  # variance (4 + 1 + 9) / 2
+    assert found.skill == pytest.approx(2)  # the mean is 3
+    assert found.ratio == pytest.approx(np.sqrt(28 / 3) / 2)
+    collapsed = metrics.spread_skill(np.ones((2, 4, 4)), np.ones((4, 4)))
+    assert np.isfinite(collapsed.ratio)
+    assert metrics.spread_skill(noise(0, 7, 5, 6, 6), noise(1, 7, 6, 6)).ratio.shape == (7,)
+
+
+def test_ranks_by_hand_and_ties_in_equal_parts():
+    members = np.array([1.0, 2.0, 2.0, 3.0])[:, None, None] * np.ones((1, 5))
+    true = np.array([[0.5, 1.5, 2.0, 3.0, 9.0]])  # ranks 0, 1, 1 to 3, 3 to 4, 4
+    expected = np.array([1, 1 + 1 / 3, 1 / 3, 1 / 3 + 1 / 2, 1 / 2 + 1]) / 5
+    np.testing.assert_allclose(metrics.rank_histogram(members, true), expected)
+    constant = metrics.rank_histogram(np.ones((7, 3, 4, 4)), np.ones((7, 4, 4)))
+    np.testing.assert_allclose(constant, np.full((7, 4), 1 / 4))
+
+
+def test_ranks_equal_those_with_ties_broken_at_random_on_average():
+    rng = np.random.default_rng(0)
+    ensemble, true = rng.integers(0, 4, (6, 30, 30)), rng.integers(0, 4, (30, 30))
+    jitter = [rng.uniform(0, 1e-3, (7, 30, 30)) for _ in range(300)]
+    broken = [metrics.rank_histogram(ensemble + each[1:], true + each[0]) for each in jitter]
+    np.testing.assert_allclose(metrics.rank_histogram(ensemble, true), np.mean(broken, axis=0), atol=3e-3)
+
+
 # ------------------------------------------------------------------------------------------------------------ spectra
 
 
@@ -242,6 +270,24 @@ def test_translation_and_sign_change_no_score(seed, dx, dy, sign):
 
 
 @settings(max_examples=25, deadline=None)
+@given(seeds, st.integers(2, 12), st.floats(0.1, 10), st.sampled_from([0.0, 0.5]))
+def test_an_ensemble_that_knows_the_truths_distribution_is_reliable(seed, members, scale, level):
+    """Members and truth of one distribution about a mean of each point, quantised (so that there are ties) or not."""
+    rng = np.random.default_rng(seed)
+    means = scale * rng.standard_normal((128, 128))
+    fields = means + scale * rng.standard_gamma(2.0, (members + 1, 128, 128))
+    if level:
+        fields = np.floor(fields / (level * scale))
+    found = metrics.spread_skill(fields[1:], fields[0])
+    assert found.ratio == pytest.approx(1, abs=0.06)
+    ranks = metrics.rank_histogram(fields[1:], fields[0])
+    assert ranks.sum() == pytest.approx(1)
+    np.testing.assert_allclose(ranks, 1 / (members + 1), atol=0.02)
+    sure = metrics.rank_histogram(means + (fields[1:] - means) / 4, fields[0])
+    assert sure[0] + sure[-1] > ranks[0] + ranks[-1] + 0.1 or members == 2
+
+
+@settings(max_examples=25, deadline=None)
 @given(seeds, st.floats(1e-3, 1e3))
 def test_scores_do_not_depend_on_the_unit(seed, unit):
     predicted, true = np.random.default_rng(seed).standard_normal((2, 16, 16))
@@ -295,6 +341,8 @@ def test_bad_input_is_refused():
         "bins": lambda: metrics.histogram(good, 1, 1),
         "probabilities": lambda: metrics.jensen_shannon([0.5, 0.4], [0.5, 0.5]),
         "M, X, Y": lambda: metrics.crps(good, good),
+        r"expected \(\.\.\., M, X, Y\)": lambda: metrics.rank_histogram(good[None], good[:8]),
+        "1 member; a spread needs": lambda: metrics.spread_skill(good[None], good),
         "patch_size": lambda: metrics.patch_spectrum(good, 5),
         "patch_size = 1": lambda: metrics.border_jump(good, 1),
         "at least two": lambda: metrics.bootstrap(np.ones((1, 3))),

@@ -1,0 +1,224 @@
+"""The arms of a study of turbulence: read from its file, matched in size, each tuned and trained with one budget."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from training.provenance import relative, write_json
+from training.settings import load_yaml, read_settings
+from training.sizes import VARY, count_parameters, flags_of, match_parameters, model_options
+from training.train import allowed_keys, run
+
+# patches: in isolation, as in the paper; whole: periodic fields; halo: patches that see what lies around them.
+SETTINGS = ("patches", "whole", "halo")
+TRAINED = "arm.json"  # beside an arm's models
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model under study.
+
+    Attributes:
+        name: Of the arm.
+        config: Base config of its trainings.
+        flags: Settings over it, `--section.key value`.
+        tune: The key that is tuned, and its values.
+        is_operator: A map from field to field, rather than a model of tokens.
+    """
+
+    name: str
+    config: Path
+    flags: list[str]
+    tune: tuple[str, list[str]]
+    is_operator: bool
+
+    def data(self) -> dict[str, Any]:
+        """The settings that decide which flows it is trained on, and which are left for the test."""
+        section = read_settings(self.config, self.flags, allowed_keys())["data"]
+        return {name: section.get(name) for name in ("path", "fractions", "split_seed", "stride", "symmetries")}
+
+    def tokenizer(self) -> dict[str, Any]:
+        """The settings of its tokenizer."""
+        return read_settings(self.config, self.flags, allowed_keys())["tokenizer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """The section `evaluation` of a study.
+
+    Attributes:
+        split: Which trajectories.
+        num_trajectories: The first so many of them; None for all.
+        num_steps: States to generate.
+        seeds: Of what is random; one is enough for the rest.
+        patch_size: Side of the patches across whose borders jumps are measured, also of fields that have none.
+        crop: In the setting `patches`, only the first crop x crop pixels of a field; None for all.
+        samplings: Of an arm of tokens, by name; the first is its headline. `expectation` where nothing is said.
+        decoding: Further options of `leviathan.rollout`.
+    """
+
+    split: str = "test"
+    num_trajectories: int | None = None
+    num_steps: int = 20
+    seeds: Sequence[int] = (0, 1, 2)
+    patch_size: int
+    crop: int | None = None
+    samplings: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study as its file says.
+
+    Attributes:
+        settings: Arms of each setting by name, the headline's first.
+        steps: Of a training.
+        tune_steps: Of a training that only finds the best value of an arm's `tune`.
+        training_seed: Of initial values and pairs.
+        evaluation: How arms are rolled out.
+    """
+
+    settings: Mapping[str, Mapping[str, Arm]]
+    steps: int
+    tune_steps: int
+    training_seed: int
+    evaluation: EvaluationSettings
+
+
+def read_study(path: Path) -> Study:
+    """Reads and checks a study; sizes that are to match are found.
+
+    Raises:
+        ValueError: On something that is no such study; it says what was expected.
+        OSError: If a file cannot be read.
+    """
+    content = _section(load_yaml(path), str(path), [each.name for each in fields(Study)] + ["tune"])
+    if missing := {"settings", "steps", "tune", "tune_steps", "evaluation"} - content.keys():
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}.")
+    names = [each.name for each in fields(EvaluationSettings)]
+    evaluation = _section(content["evaluation"], f"{path}: evaluation", names)
+    if "patch_size" not in evaluation:
+        raise ValueError(f"{path}: evaluation lacks patch_size, the side of the patches whose borders are measured.")
+    tunes = {}
+    for config, keys in _section(content["tune"], f"{path}: tune").items():
+        pairs = list(_section(keys, f"{path}: tune of {config}").items())
+        if len(pairs) > 1 or not isinstance(pairs[0][1], list) or not pairs[0][1]:
+            raise ValueError(f"{path}: tune of {config} is {keys!r}; expected one key and a list of values.")
+        tunes[config] = pairs[0][0], [json.dumps(value) for value in pairs[0][1]]
+    if len({len(values) for _, values in tunes.values()}) > 1:
+        raise ValueError(f"{path}: tune has {tunes}; give every config as many values, the same budget.")
+    return Study(
+        settings={
+            name: _read_arms(_section(setting, f"{path}: {name}", ("shared", "arms")), tunes, f"{path}: {name}")
+            for name, setting in _section(content["settings"], f"{path}: settings", SETTINGS).items()
+        },
+        steps=content["steps"],
+        tune_steps=content["tune_steps"],
+        training_seed=content.get("training_seed", 0),
+        evaluation=EvaluationSettings(**evaluation),
+    )
+
+
+def _section(content: Any, where: str, names: Collection[str] | None = None) -> dict[str, Any]:
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{where}: expected keys and values, not {content!r}.")
+    if unknown := [name for name in content if names is not None and name not in names]:
+        raise ValueError(f"{where}: unknown {', '.join(map(str, unknown))}; expected some of {', '.join(names)}.")
+    return dict(content)
+
+
+def _read_arms(setting: dict[str, Any], tunes: Mapping[str, Any], where: str) -> dict[str, Arm]:
+    arms, matched = {}, {}
+    for name, content in _section(setting.get("arms"), f"{where}: arms").items():
+        given = setting.get("shared", {}) | _section(content, f"{where}: {name}")
+        config, other, vary = (given.pop(key, None) for key in ("config", "same_parameters_as", "vary"))
+        if config not in tunes:
+            raise ValueError(f"{where}: {name} has config {config!r}; expected one that `tune` has a key for.")
+        flags = [word for key, value in given.items() for word in (f"--{key}", json.dumps(value))]
+        kind = read_settings(Path(config), flags, allowed_keys())["data"].get("kind", "fields")
+        arms[name] = Arm(name, Path(config), flags, tunes[config], kind == "operators")
+        if other is not None:
+            matched[name] = other, [vary] if isinstance(vary, str) else vary or VARY
+    for name, (other, vary) in matched.items():
+        if other not in arms or arms[other].is_operator:
+            tokens = ", ".join(each.name for each in arms.values() if not each.is_operator)
+            raise ValueError(
+                f"{where}: {name} is to match {other!r}; expected an arm of tokens, {tokens or 'none here'}."
+            )
+        arms[name].flags.extend(_size_flags(arms[name], arms[other], vary))
+    data = {name: arm.data() for name, arm in arms.items()}
+    if odd := [name for name in data if data[name] != next(iter(data.values()))]:
+        raise ValueError(f"{where}: {', '.join(odd)}: other data than {next(iter(data))} has; all arms need the same.")
+    return arms
+
+
+def _size_flags(arm: Arm, other: Arm, vary: Sequence[str]) -> list[str]:
+    target = count_parameters(model_options(other.config, other.flags))
+    if arm.is_operator:
+        return ["--model.num_parameters", str(target)]
+    options = model_options(arm.config, arm.flags)
+    return flags_of(match_parameters(target, options, vary), options)
+
+
+def train_arm(study: Study, arm: Arm, folder: Path) -> dict[str, Any]:
+    """Trains an arm below `folder`, or goes on, or finds it trained; what there is to say of it.
+
+    Every value of `arm.tune` gets `study.tune_steps` steps; that of the least validation loss then gets `study.steps`
+    from the start, in `folder/model`.
+
+    Raises:
+        ValueError: If every value diverged, or the folder holds another training.
+    """
+    key, values = arm.tune
+    of = {
+        "config": relative(arm.config),
+        "settings": [relative(word) for word in arm.flags],
+        "tune": key,
+        "values": values,
+        "tune_steps": study.tune_steps,
+        "steps": study.steps,
+        "seed": study.training_seed,
+    }
+    if (known := trained(folder)) and known["of"] == of:
+        return known
+
+    def run_with(value: str, steps: int, evaluations: int, where: Path) -> dict[str, Any]:
+        own = {"max_steps": steps, "eval_steps": max(1, steps // evaluations), "seed": study.training_seed}
+        flags = [word for name, number in own.items() for word in (f"--training.{name}", str(number))]
+        flags += [f"--{key}", value, "--training.output_dir", str(where), "--training.resume_from_checkpoint", "true"]
+        return run(read_settings(arm.config, [*arm.flags, *flags], allowed_keys()))
+
+    def loss(value: str) -> float | None:
+        return run_with(value, study.tune_steps, 1, folder / f"tune-{value}")["validation"][-1]["loss"]
+
+    tuning = {value: loss(value) for value in values}
+    best = min(tuning, key=lambda value: inf if tuning[value] is None else tuning[value])
+    if tuning[best] is None:
+        raise ValueError(f"{arm.name}: training diverged with every {key} of {', '.join(values)}; add a smaller one.")
+    report = run_with(best, study.steps, 10, folder / "model")
+    run_record = json.loads((folder / "model" / "run.json").read_text(encoding="utf-8"))
+    training = run_record["settings"]["training"]
+    batch = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
+    record = {
+        "of": of,
+        "tuning": tuning,
+        "best": best,
+        "validation": [{name: row.get(name) for name in ("step", "loss", "nrmse")} for row in report["validation"]],
+        "num_parameters": report["num_parameters"],
+        # Of the whole training, also if the last part alone was timed.
+        "seconds": report["seconds"] * report["steps"] / max(1, report["steps"] - report["resumed_from_step"]),
+        "pairs": study.steps * (training.get("sequences_per_step") or batch * run_record["num_processes"]),
+        "provenance": {name: report["provenance"][name] for name in ("commit", "hardware", "date")},
+    }
+    write_json(folder / TRAINED, record)
+    return record
+
+
+def trained(folder: Path) -> dict[str, Any] | None:
+    """What `train_arm` left of an arm; None if it is not trained to the end."""
+    record = folder / TRAINED
+    return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
