@@ -9,9 +9,9 @@ LAUNCH := $(BIN)/accelerate launch --config_file training/configs/single_process
 FLOW := --num-grid 64 --num-snapshots 21 --k-tot 8 --viscosity 1e-3 --warm-up-time 0.05 --dt-save 0.016
 
 # accelerate launch gives a process one thread unless told otherwise.
-demo demo-short text: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
+demo demo-short text turbulence: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo demo-short text text-study heads speed card text-card test lint
+.PHONY: demo demo-short text text-study turbulence turbulence-data turbulence-card heads speed card text-card test lint
 
 demo: .venv/.installed
 	$(BIN)/python -m training.turbulence --out runs/demo/data.hdf5 --num-trajectories 96 $(FLOW)
@@ -58,6 +58,30 @@ text-study: runs/text/order.safetensors runs/text/order_random.safetensors
 		--training.save_steps $(STEPS) --training.logging_steps $$(($(STEPS) / 4)) --training.disable_tqdm true \
 		--training.dataloader_num_workers 0 --data.num_validation_sequences 96
 
+# The study of turbulence: models of tokens and operators, isolated patches, whole fields and patches with a margin (hours
+# on two cores; ARMS="--only ..." and ARMS="--settings ..." do a part of it beside another process).
+TURBULENCE := runs/turbulence
+turbulence: $(TURBULENCE)/data.hdf5
+	$(BIN)/python -m eval.turbulence --study training/configs/turbulence_arms_cpu.yaml --out $(TURBULENCE)/study $(ARMS)
+
+$(TURBULENCE)/data.hdf5: | .venv/.installed
+	$(BIN)/python -m training.turbulence --out $@ --num-trajectories 160 --num-grid 64 --num-snapshots 21 --k-tot 4 \
+		--viscosity 5e-4 --warm-up-time 0.1 --dt-save 0.02
+
+# Fields at the paper's size, for training/configs/turbulence_arms_64.yaml: on a GPU. Decaying at PDEBench's spacing and at
+# a tenth of it, and forced.
+DEVICE ?= cuda
+FLOWS ?= 1000
+SIZE := --num-grid 512 --num-snapshots 21 --num-trajectories $(FLOWS) --hyperviscosity 3e-22 --hyperviscosity-order 4
+turbulence-data: .venv/.installed
+	$(BIN)/python -m training.turbulence --device $(DEVICE) --out runs/turbulence_512/decaying.hdf5 $(SIZE) \
+		--viscosity 1e-5 --dt-save 0.05
+	$(BIN)/python -m training.turbulence --device $(DEVICE) --out runs/turbulence_512/decaying_fine.hdf5 $(SIZE) \
+		--viscosity 1e-5 --dt-save 0.005
+	$(BIN)/python -m training.turbulence --device $(DEVICE) --out runs/turbulence_512/forced.hdf5 $(SIZE) \
+		--viscosity 1e-5 --dt-save 0.05 --forcing band --forcing-wavenumber 4 --forcing-amplitude 5 --drag 0.1 \
+		--warm-up-time 5
+
 # A dense head against one of digits, at 65,536 levels (an hour on two cores).
 heads: .venv/.installed
 	$(BIN)/python -m training.turbulence --out runs/demo/data.hdf5 --num-trajectories 96 $(FLOW)
@@ -87,6 +111,20 @@ text-card: .venv/.installed
 		--draw separable_all separable_ordered separable_permuted lookup_untied lookup_tied lookup_untied_started \
 		--out model_cards/leviathan_text
 	$(BIN)/python -m eval.text_card --study model_cards/leviathan_text/language.json --out model_cards/leviathan_text.md
+
+# The same for turbulence, with the studies of samplings and of embeddings of its models.
+CARD := model_cards/leviathan_turbulence
+MODELS := $(TURBULENCE)/study
+turbulence-card: .venv/.installed
+	$(BIN)/python -m eval.turbulence --study training/configs/turbulence_arms_cpu.yaml --out $(TURBULENCE)/study --finished
+	$(BIN)/python -m eval.sampling --model $(MODELS)/patches/leviathan/model --data $(TURBULENCE)/data.hdf5 \
+		--out $(TURBULENCE)/sampling
+	$(BIN)/python -m eval.embeddings --out $(TURBULENCE)/embeddings --models separable=$(MODELS)/patches/leviathan/model \
+		lookup=$(MODELS)/patches/lookup/model low_rank=$(MODELS)/patches/low_rank/model
+	mkdir -p $(CARD)
+	cp $(MODELS)/turbulence.json $(MODELS)/*.png $(MODELS)/*.gif $(TURBULENCE)/sampling/* $(TURBULENCE)/embeddings/* $(CARD)/
+	$(BIN)/python -m eval.turbulence_card --study $(CARD)/turbulence.json --sampling $(CARD)/sampling.json \
+		--embeddings $(CARD)/embeddings.json --remarks $(CARD)/remarks.md --out $(CARD).md
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --numprocesses 2

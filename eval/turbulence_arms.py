@@ -103,14 +103,8 @@ def read_study(path: Path) -> Study:
     evaluation = _section(content["evaluation"], f"{path}: evaluation", names)
     if "patch_size" not in evaluation:
         raise ValueError(f"{path}: evaluation lacks patch_size, the side of the patches whose borders are measured.")
-    tunes = {}
-    for config, keys in _section(content["tune"], f"{path}: tune").items():
-        pairs = list(_section(keys, f"{path}: tune of {config}").items())
-        if len(pairs) > 1 or not isinstance(pairs[0][1], list) or not pairs[0][1]:
-            raise ValueError(f"{path}: tune of {config} is {keys!r}; expected one key and a list of values.")
-        tunes[config] = pairs[0][0], [json.dumps(value) for value in pairs[0][1]]
-    if len({len(values) for _, values in tunes.values()}) > 1:
-        raise ValueError(f"{path}: tune has {tunes}; give every config as many values, the same budget.")
+    sections = _section(content["tune"], f"{path}: tune").items()
+    tunes = {config: _tune(keys, f"{path}: tune of {config}") for config, keys in sections}
     return Study(
         settings={
             name: _read_arms(_section(setting, f"{path}: {name}", ("shared", "arms")), tunes, f"{path}: {name}")
@@ -131,16 +125,30 @@ def _section(content: Any, where: str, names: Collection[str] | None = None) -> 
     return dict(content)
 
 
+def _tune(keys: Any, where: str) -> tuple[str, list[str]]:
+    pairs = list(_section(keys, where).items())
+    if len(pairs) > 1 or not isinstance(pairs[0][1], list) or not pairs[0][1]:
+        raise ValueError(f"{where} is {keys!r}; expected one key and a list of values.")
+    return pairs[0][0], [json.dumps(value) for value in pairs[0][1]]
+
+
 def _read_arms(setting: dict[str, Any], tunes: Mapping[str, Any], where: str) -> dict[str, Arm]:
     arms, matched = {}, {}
     for name, content in _section(setting.get("arms"), f"{where}: arms").items():
         given = setting.get("shared", {}) | _section(content, f"{where}: {name}")
-        config, other, vary = (given.pop(key, None) for key in ("config", "same_parameters_as", "vary"))
+        config, other, vary, own = (given.pop(key, None) for key in ("config", "same_parameters_as", "vary", "tune"))
         if config not in tunes:
             raise ValueError(f"{where}: {name} has config {config!r}; expected one that `tune` has a key for.")
         flags = [word for key, value in given.items() for word in (f"--{key}", json.dumps(value))]
         kind = read_settings(Path(config), flags, allowed_keys())["data"].get("kind", "fields")
-        arms[name] = Arm(name, Path(config), flags, tunes[config], kind == "operators")
+        tune = tunes[config] if own is None else _tune(own, f"{where}: tune of {name}")
+        arms[name] = Arm(name, Path(config), flags, tune, kind == "operators")
+        headline = next(iter(arms.values()))
+        if len(tune[1]) < len(headline.tune[1]):
+            raise ValueError(
+                f"{where}: {name} is tuned over {len(tune[1])} values, {headline.name} over "
+                f"{len(headline.tune[1])}; give no arm less than the first, whose rivals they are."
+            )
         if other is not None:
             matched[name] = other, [vary] if isinstance(vary, str) else vary or VARY
     for name, (other, vary) in matched.items():

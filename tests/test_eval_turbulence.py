@@ -344,7 +344,7 @@ def test_what_cannot_be_done_is_said(found, folder, change, message):
 
 def test_tuning_is_one_key_and_as_many_values_for_all(folder):
     for values, message in (
-        ({"training.learning_rate": [1e-3]}, "as many values, the same budget"),
+        ({"training.learning_rate": [1e-3]}, "give no arm less than the first"),
         ({"training.learning_rate": 1e-3}, "expected one key and a list of values"),
         ({"training.learning_rate": [1], "training.weight_decay": [1]}, "expected one key and a list of values"),
     ):
