@@ -136,14 +136,13 @@ def _read_arms(setting: dict[str, Any], tunes: Mapping[str, Any], where: str) ->
     arms, matched = {}, {}
     for name, content in _section(setting.get("arms"), f"{where}: arms").items():
         given = setting.get("shared", {}) | _section(content, f"{where}: {name}")
-        config, other, vary, own = (given.pop(key, None) for key in ("config", "same_parameters_as", "vary", "tune"))
+        config, other, vary = (given.pop(key, None) for key in ("config", "same_parameters_as", "vary"))
         if config not in tunes:
             raise ValueError(f"{where}: {name} has config {config!r}; expected one that `tune` has a key for.")
         flags = [word for key, value in given.items() for word in (f"--{key}", json.dumps(value))]
         kind = read_settings(Path(config), flags, allowed_keys())["data"].get("kind", "fields")
-        tune = tunes[config] if own is None else _tune(own, f"{where}: tune of {name}")
-        arms[name] = Arm(name, Path(config), flags, tune, kind == "operators")
-        headline = next(iter(arms.values()))
+        arms[name] = Arm(name, Path(config), flags, tunes[config], kind == "operators")
+        tune, headline = tunes[config], next(iter(arms.values()))
         if len(tune[1]) < len(headline.tune[1]):
             raise ValueError(
                 f"{where}: {name} is tuned over {len(tune[1])} values, {headline.name} over "
