@@ -165,8 +165,11 @@ class LeviathanConfig(PreTrainedConfig):
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = "
                 f"{self.num_key_value_heads}."
             )
-        if self.position_layout == "window" and self.patch_size is None:
-            raise ValueError("position_layout = 'window' needs a patch_size; only fields have one.")
+        if self.position_layout == "window" and ((self.patch_size or 0) < 1 or self.patch_margin < 0):
+            raise ValueError(
+                f"position_layout = 'window' with patch_size = {self.patch_size} and patch_margin = "
+                f"{self.patch_margin}; expected at least 1 and 0. Only fields have patches."
+            )
         if self.output_head == "digits" and self.tie_word_embeddings:
             raise ValueError("output_head = 'digits' has no table to tie; set tie_word_embeddings=False.")
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:

@@ -22,9 +22,7 @@ from transformers.generation import LogitsProcessor
 from transformers.modeling_utils import PreTrainedModel
 
 from .decoding_leviathan import DETERMINISTIC, RANDOM, Decoder, Sampler, Sampling, checked, expected_ids
-from .tokenization_leviathan import FieldTokenizer
-
-LARGEST_SCALE = 8  # of fields against the tokenizer's data, or the inverse: flows decay, units differ by more
+from .tokenization_leviathan import FieldTokenizer, check_scale
 
 
 class ExpectationLogitsProcessor(LogitsProcessor):
@@ -104,7 +102,8 @@ def rollout(
     if tolerance < 0 or (tolerance and block_size == 1):
         raise ValueError(f"tolerance = {tolerance} with block_size = {block_size}; expected 0, or larger blocks.")
     ids = tokenizer(fields, return_tensors="pt")["input_ids"]
-    _check_scale(tokenizer, fields)
+    if tokenizer.rms is not None:
+        check_scale(fields, tokenizer.rms)
     height, width = np.shape(fields)[-2:]
     patches = (height // tokenizer.patch_size) * (width // tokenizer.patch_size)
     num_fields = ids.shape[0] // patches
@@ -198,19 +197,6 @@ def _check_fit(model: PreTrainedModel, tokenizer: FieldTokenizer) -> None:
         raise ValueError(
             f"the model's positions are those of patches of {patch[0]} with a margin of {patch[1]}, the tokenizer's "
             f"patches are of {tokenizer.patch_size} with {tokenizer.margin}; load both from the same checkpoint."
-        )
-
-
-def _check_scale(tokenizer: FieldTokenizer, fields: np.ndarray | torch.Tensor) -> None:
-    """Refuses fields whose size says that they are in another unit than the data of the training."""
-    if tokenizer.rms is None:
-        return
-    rms = float(torch.as_tensor(fields, dtype=torch.float64).square().mean().sqrt())
-    if not tokenizer.rms / LARGEST_SCALE < rms < tokenizer.rms * LARGEST_SCALE:
-        raise ValueError(
-            f"the fields' root mean square is {rms:.4g}, that of the tokenizer's data {tokenizer.rms:.4g}: they seem "
-            "to be in another unit or normalisation. Give them as the training data was, without normalising: the "
-            "tokenizer does that."
         )
 
 

@@ -184,7 +184,7 @@ class LeviathanModel(LeviathanPreTrainedModel):
             position_ids = position_ids.unsqueeze(0)
 
         if prefix_length is not None or token_type_ids is not None:
-            self._check_prefix(attention_mask, past_key_values)
+            self._check_prefix(attention_mask, past_key_values, prefix_length)
         # CODEPATH: one prefix for all rows needs no mask (with the default attention); the rest is masked.
         causal_mask = None
         if needs_no_mask(self, prefix_length, num_tokens, attention_mask, packing):
@@ -215,7 +215,19 @@ class LeviathanModel(LeviathanPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
-    def _check_prefix(self, attention_mask: torch.Tensor | None, past_key_values: Cache | None) -> None:
+    def _check_prefix(
+        self,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        prefix_length: int | torch.Tensor | None,
+    ) -> None:
+        if self.config.position_layout == "window" and isinstance(prefix_length, int):
+            window = (self.config.patch_size + 2 * self.config.patch_margin) ** 2
+            if prefix_length != window:
+                raise ValueError(
+                    f"prefix_length = {prefix_length}; this model's positions are those of a prior state of {window} "
+                    "pixels, its patch and margin."
+                )
         if is_flash_attention_requested(self.config):
             raise ValueError(
                 f"attn_implementation = {self.config._attn_implementation!r} cannot mask a prefix: FlashAttention "

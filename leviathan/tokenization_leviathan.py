@@ -25,6 +25,7 @@ from transformers.feature_extraction_utils import BatchFeature, FeatureExtractio
 from sna_core.digits import digit_layout
 
 Fields = np.ndarray | torch.Tensor
+LARGEST_SCALE = 8  # of fields against a model's data, or the inverse: flows decay, units differ by more
 
 
 def hilbert_order(size: int) -> np.ndarray:
@@ -88,6 +89,24 @@ def stitch(patches: Fields, field_shape: tuple[int, int]) -> Fields:
     (height, width), size = field_shape, patches.shape[-1]
     fields = patches.reshape(-1, height // size, width // size, size, size).swapaxes(2, 3)
     return fields.reshape(-1, height, width)
+
+
+def check_scale(fields: Fields, rms: float) -> None:
+    """Refuses fields (of any shape) whose size says that they are in another unit than a model's data.
+
+    Args:
+        fields: In any unit.
+        rms: Root mean square of the data.
+
+    Raises:
+        ValueError: If the fields' own differs from it by a factor of `LARGEST_SCALE` or more.
+    """
+    found = float(torch.as_tensor(fields, dtype=torch.float64).square().mean().sqrt())
+    if not rms / LARGEST_SCALE < found < rms * LARGEST_SCALE:
+        raise ValueError(
+            f"the fields' root mean square is {found:.4g}, that of the model's training data {rms:.4g}: they seem to "
+            "be in another unit or normalisation. Give them as the training data was, without normalising."
+        )
 
 
 def _positions(size: int, order: str) -> np.ndarray:
@@ -355,4 +374,4 @@ class FieldTokenizer(FeatureExtractionMixin):
         return array
 
 
-__all__ = ["FieldTokenizer", "stitch", "to_windows"]
+__all__ = ["FieldTokenizer", "check_scale", "stitch", "to_windows"]

@@ -193,9 +193,12 @@ def test_generate_equals_the_decoder():
     assert torch.equal(decoder(prefix), decoder.without_cache(prefix))
 
 
-def test_windows_need_a_patch():
-    with pytest.raises(StrictDataclassClassValidationError, match="needs a patch_size"):
-        LeviathanConfig(position_layout="window")
+@pytest.mark.parametrize("options", [{}, {"patch_size": 0}, {"patch_size": 4, "patch_margin": -1}])
+def test_windows_need_a_patch(options):
+    with pytest.raises(StrictDataclassClassValidationError, match="position_layout = 'window' with patch_size"):
+        LeviathanConfig(position_layout="window", **options)
+    with pytest.raises(ValueError, match=r"prefix_length = 63; .* 64"):
+        make_model()(torch.zeros(1, 80, dtype=torch.long), prefix_length=63)
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout

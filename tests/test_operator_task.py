@@ -262,6 +262,7 @@ def test_all_parameters_share_one_learning_rate(settings):
     ("sections", "message"),
     [
         ({"data": {"input_noise": -0.1}}, "input_noise = -0.1"),
+        ({"data": {"input_noise": 0.1, "offsets": "grid", "symmetries": False}}, "go with data.offsets 'random' only"),
         ({"data": {"pushforward": True}, "tokenizer": {"margin": 4}}, "a margin of 4 has to be read with it"),
         ({"data": {"pushforward": True}, "model": {"architecture": "diffusion"}}, "leave it out for a diffusion"),
         ({"training": {"embedding_learning_rate": 1e-3}}, "has no embedding"),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 from transformers import Trainer
@@ -101,6 +102,10 @@ class OperatorPairs(Dataset):
 class OperatorTrainer(FieldTrainer):
     """The loop with AdamW on all parameters alike, pushforward and, in evaluation, predictions."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        set_seed(self.args.seed, device_specific=True)  # or else all processes would diffuse with the same noise
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """As in transformers: there is no embedding to treat otherwise."""
         return Trainer.create_optimizer(self, model)
@@ -158,6 +163,11 @@ class OperatorTask(FieldTask):
             raise ValueError("training.embedding_learning_rate: an operator has no embedding; give learning_rate.")
         if not 0 <= self.data.input_noise < float("inf"):
             raise ValueError(f"data.input_noise = {self.data.input_noise}; expected standard deviations, 0 or more.")
+        if self.data.offsets == "grid" and (self.data.input_noise or self.data.pushforward):
+            raise ValueError(
+                "data.input_noise and data.pushforward go with data.offsets 'random' only: an item of the grid comes "
+                "again in every epoch, and would with the same noise."
+            )
         if self.data.pushforward and self.tokenizer.margin:
             raise ValueError(
                 f"data.pushforward predicts the patch alone, and a margin of {self.tokenizer.margin} has to be read "
@@ -191,8 +201,8 @@ class OperatorTask(FieldTask):
         """
         options = self.model_options(given)
         num_parameters = options.pop("num_parameters", None)
-        if num_parameters is not None and "width" in options:
-            raise ValueError("model.num_parameters decides model.width; leave one of them out.")
+        if decided := [name for name in ("width", "bottom_width") if num_parameters is not None and name in options]:
+            raise ValueError(f"model.num_parameters decides model.{decided[0]}; leave one of them out.")
         config = OperatorConfig(**options)
         if self.data.pushforward and config.architecture == "diffusion":
             raise ValueError("data.pushforward is for deterministic operators; leave it out for a diffusion.")

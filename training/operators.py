@@ -21,14 +21,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from leviathan.tokenization_leviathan import stitch, to_windows
+from leviathan.tokenization_leviathan import check_scale, stitch, to_windows
 from training.operator_networks import DOMAIN_PADDING, NUM_GROUPS, NUM_RESOLUTIONS, DeepONet, build_fno, build_unet
 
 Architecture = Literal["fno", "unet", "deeponet", "diffusion"]
 NUM_LAYERS = {"fno": 4, "unet": 2, "deeponet": 3, "diffusion": 2}
 U_NETS = ("unet", "diffusion")
 MAX_MODES = 12  # those of the first published FNO of turbulence, where the side has room for them
-FOREIGN = 8.0  # a field's rms and a model's std that differ by such a factor are of different data, or units
 # Of a second size, in its own steps, tried in turn where the width alone is too coarse.
 SHIFTS = (0, *itertools.chain.from_iterable((n, -n) for n in range(1, 7)))
 
@@ -378,12 +377,7 @@ def _check_fields(config: OperatorConfig, fields: Tensor, num_steps: int, batch_
             f"fields of {fields.shape[1]} x {fields.shape[2]} for a model of whole periodic fields of {size} x {size}; "
             "give it whole fields of its grid, or use a model of patches."
         )
-    rms, expected = float(fields.square().mean().sqrt()), (config.mean**2 + config.std**2) ** 0.5
-    if not 1 / FOREIGN < rms / expected < FOREIGN:
-        raise ValueError(
-            f"the fields' root mean square is {rms:.4g} and that of the model's training data {expected:.4g}; give it "
-            "vorticity in the unit that it was trained on, not normalised."
-        )
+    check_scale(fields, (config.mean**2 + config.std**2) ** 0.5)
 
 
 __all__ = [

@@ -107,10 +107,11 @@ def record_of(settings: Settings, parts: Parts) -> dict[str, Any]:
     return {"settings": settings, "num_processes": parts.args.world_size, "data": parts.task.record()}
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """The dotted names of the entries in which two records, nested dicts, differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(before.keys() | now.keys())
-        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
+        return [d for key in keys for d in differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
     return [] if before == now else [name]
 
 
@@ -130,7 +131,7 @@ def check_resume(output: Path, record: dict[str, Any], resume: bool) -> Path | N
             f"{output} holds a run already; go on with --training.resume_from_checkpoint true, or choose another "
             "--training.output_dir."
         )
-    if differ := _differences(json.loads(written.read_text()), record):
+    if differ := differences(json.loads(written.read_text()), record):
         raise ValueError(
             f"{output} was trained with other settings or data ({', '.join(differ)}); restore them, delete the "
             "folder or choose another --training.output_dir."
