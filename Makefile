@@ -79,7 +79,7 @@ turbulence-data: .venv/.installed
 	$(BIN)/python -m training.turbulence --device $(DEVICE) --out runs/turbulence_512/decaying_fine.hdf5 $(SIZE) \
 		--viscosity 1e-5 --dt-save 0.005
 	$(BIN)/python -m training.turbulence --device $(DEVICE) --out runs/turbulence_512/forced.hdf5 $(SIZE) \
-		--viscosity 1e-5 --dt-save 0.05 --forcing band --forcing-wavenumber 4 --forcing-amplitude 5 --drag 0.1 \
+		--viscosity 1e-5 --dt-save 0.05 --forcing band --forcing-wavenumber 4 --forcing-amplitude 2 --drag 0.1 \
 		--warm-up-time 5
 
 # A dense head against one of digits, at 65,536 levels (an hour on two cores).
