@@ -9,6 +9,7 @@ be measured, and its arm no scores and no place in the pictures.
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def draw(found: Mapping[str, Any], out: Path, chosen: Sequence[str], reference: 
             {
                 "step": [row["step"] for row in run["validation"]],
                 "tokens": [row["step"] * run["tokens_per_step"] for row in run["validation"]],
-                "seconds": [row["step"] * run["seconds"] / run["steps"] for row in run["validation"]],
+                "seconds": [row["step"] * (run["seconds"] or math.nan) / run["steps"] for row in run["validation"]],
                 "loss": [row["loss"] for row in run["validation"]],
             }
             for run in runs

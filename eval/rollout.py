@@ -71,14 +71,22 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
         "training": training,
         "snapshots": range(0, stride * args.num_steps + 1, stride),
         "trajectories": trajectories[: args.num_trajectories],
-        "strangers": np.random.default_rng(0).permutation(split.train),
+        "strangers": strangers(split.train, len(trajectories[: args.num_trajectories])),
     }
 
 
-def _pixels_per_step(fields: FieldFile, parts: dict[str, Any]) -> float:
-    """Mean distance that the flow moves from a state to the next, in pixels."""
-    speeds = [np.hypot(*fields.velocity(int(i), t)).mean() for i in parts["trajectories"] for t in parts["snapshots"]]
-    return float(np.mean(speeds) * fields.dt_save * parts["snapshots"].step / fields.spacing[0])
+def strangers(train: np.ndarray, count: int) -> np.ndarray:
+    """So many of the training's trajectories, drawn at random and the same each time, as climatology.
+
+    They are repeated if there are too few.
+    """
+    return np.resize(np.random.default_rng(0).permutation(train), count)
+
+
+def pixels_per_step(fields: FieldFile, trajectories: np.ndarray, snapshots: range) -> float:
+    """Mean distance that flows move from a state to the next, in pixels."""
+    speeds = [np.hypot(*fields.velocity(int(i), t)).mean() for i in trajectories for t in snapshots]
+    return float(np.mean(speeds) * fields.dt_save * snapshots.step / fields.spacing[0])
 
 
 def _check_data(args: argparse.Namespace, fields: FieldFile, training: dict[str, Any]) -> None:
@@ -105,8 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer, fields, training = (parts[key] for key in ("model", "tokenizer", "fields", "training"))
     with fields:
         truth = np.stack([fields.vorticity(int(i), parts["snapshots"]) for i in parts["trajectories"]])
-        strangers = np.resize(parts["strangers"], len(truth))  # repeated if there are too few
-        climatology = np.stack([fields.vorticity(int(i), parts["snapshots"][1:]) for i in strangers])
+        climatology = np.stack([fields.vorticity(int(i), parts["snapshots"][1:]) for i in parts["strangers"]])
     options = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "batch_size", "block_size")}
 
     def rolled_out(sampling: str) -> Row:
@@ -135,7 +142,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "synthetic": fields.synthetic,
             "num_trajectories": fields.num_trajectories,
             "attributes": data_record(fields)["attributes"],
-            "pixels_per_step": _pixels_per_step(fields, parts),
+            "pixels_per_step": pixels_per_step(fields, parts["trajectories"], parts["snapshots"]),
         },
         "model": {
             "num_parameters": sum(p.numel() for p in model.parameters()),

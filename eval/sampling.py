@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 import leviathan
 from eval import metrics, sampling_figures
 from eval.rollout import load
-from eval.scoring import METRICS, MetricSettings, numbers
+from eval.scoring import METRICS, MetricSettings, numbers, shown_steps
 from leviathan.decoding_leviathan import DETERMINISTIC, LARGEST_SCORES, Decoder, Sampler
 from training.provenance import provenance, relative, write_json
 
@@ -42,7 +42,6 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "whole distribution": {"sampling": "sample"},
     "temperature 1.2": {"sampling": "sample", "temperature": 1.2},
 }
-SHOWN_STEPS = (1, 5, 10)
 SHOWN_METRICS = (*metrics.PAPER_METRICS, "nrmse")
 JACOBI_SAMPLINGS = ("expectation", "sample")
 
@@ -94,11 +93,6 @@ def _width(scores: Tensor) -> Tensor:
     variance = (shares * (levels - mean.unsqueeze(-1)).square()).sum(-1)
     entropy = torch.special.entr(shares).sum(-1) / np.log(2)
     return torch.stack([entropy.sum(), scores.isfinite().sum().double(), variance.sqrt().sum()])
-
-
-def shown_steps(num_steps: int) -> list[int]:
-    """The steps in the tables: `SHOWN_STEPS` and the last."""
-    return sorted({step for step in SHOWN_STEPS if step < num_steps} | {num_steps})
 
 
 def errors(states: np.ndarray, future: np.ndarray, setting: MetricSettings) -> dict[str, dict[str, float]]:

@@ -239,7 +239,13 @@ def evaluate(
         scored[row.name] = score_row(row, truth, setting)
     against = {row.name: ("persistence", "climatology") for row in rows if row.kind == "model"}
     examples = {"truth": truth[0, 1:]} | {name: each.example for name, each in scored.items()}
-    return Evaluation(summed_up(truth, scored, setting, against), examples)
+    results = summed_up(truth, scored, setting, against)
+    shown = results["spectra"]["steps"]
+    results["summary"] = {
+        row: {name: {str(step): each["mean"][step - 1] for step in shown} for name, each in about["metrics"].items()}
+        for row, about in results["rows"].items()
+    }
+    return Evaluation(results, examples)
 
 
 def summed_up(
@@ -263,17 +269,16 @@ def summed_up(
     outside = (truth < setting.low) | (truth > setting.high)
     spectra, shares = statistics(future[None], setting)
     floor = metrics.noise_floor(setting.score, future) if len(future) > 1 else None
-    rows = {
-        name: row.about | {"metrics": {key: _over_flows(row.scores[key]) for key in described}}
-        for name, row in scored.items()
-    }
     return {
         "metrics": {name: {"label": label, "best": best} for name, (label, best) in described.items()},
         "slope_band": list(setting.band),
         "clipped": {"count": int(outside.sum()), "fraction": float(outside.mean())},
         "truth": _truth_statistics(future, setting),
         "noise_floor": floor and {name: numbers(floor[name]) for name in FLOOR_METRICS},
-        "rows": rows,
+        "rows": {
+            name: row.about | {"metrics": {key: _over_flows(row.scores[key]) for key in described}}
+            for name, row in scored.items()
+        },
         "spectra": {
             "steps": shown,
             "rows": {"truth": _lines(spectra)} | {name: _lines(row.spectra) for name, row in scored.items()},
@@ -283,12 +288,6 @@ def summed_up(
             "high": setting.high,
             "steps": shown,
             "rows": {"truth": _lines(shares)} | {name: _lines(row.shares) for name, row in scored.items()},
-        },
-        "summary": {
-            row: {
-                name: {str(step): each["mean"][step - 1] for step in shown} for name, each in about["metrics"].items()
-            }
-            for row, about in rows.items()
         },
         "comparisons": {  # below 0: nearer to the best value than the reference is, flow by flow
             row: {

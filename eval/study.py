@@ -17,7 +17,7 @@ parameters as that arm. A training that diverged has no loss and is worse than a
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,25 @@ def parse_values(text: str) -> tuple[str, list[str]]:
     return name, values.split(",")
 
 
+def settings_flags(settings: Mapping[str, Any]) -> list[str]:
+    """The flags of a mapping of settings: ``{"section.key": value}`` is ``["--section.key", value]``."""
+    return [word for key, value in settings.items() for word in (f"--{key}", json.dumps(value))]
+
+
+def seconds_of(report: Mapping[str, Any]) -> float | None:
+    """The time of a whole training by what `training.json` holds, also if the last part of it alone was timed.
+
+    None if that part had no steps: the run was only finished by it.
+    """
+    timed = report["steps"] - report["resumed_from_step"]
+    return report["seconds"] * report["steps"] / timed if timed > 0 else None
+
+
+def best_of(losses: Mapping[str, float | None]) -> str:
+    """The value with the least loss; None, of a training that diverged, is the worst."""
+    return min(losses, key=lambda value: inf if losses[value] is None else losses[value])
+
+
 def read_arms(path: Path, config: Path, flags: Sequence[str]) -> Arms:
     """The flags of every arm of a file.
 
@@ -54,10 +73,7 @@ def read_arms(path: Path, config: Path, flags: Sequence[str]) -> Arms:
         raise ValueError(f"{path}: expected a name for each arm and below it settings, `section.key: value`.")
     content = {name: dict(arm or {}) for name, arm in content.items()}
     matched = {name: (arm.pop("same_parameters_as", None), arm.pop("vary", None)) for name, arm in content.items()}
-    arms: Arms = {
-        str(name): [word for key, value in arm.items() for word in (f"--{key}", json.dumps(value))]
-        for name, arm in content.items()
-    }
+    arms: Arms = {str(name): settings_flags(arm) for name, arm in content.items()}
     for name, (other, vary) in matched.items():
         if other is None:
             continue
@@ -81,8 +97,7 @@ def train_one(config: Path, flags: Sequence[str], folder: Path, seed: int) -> di
         "seed": seed,
         **{name: value for name, value in curve[-1].items() if name != "step"},
         "validation": curve,
-        # Of the whole training, also if the last part alone was timed.
-        "seconds": report["seconds"] * report["steps"] / max(1, report["steps"] - report["resumed_from_step"]),
+        "seconds": seconds_of(report),
         "steps": report["steps"],
         "tokens_per_step": report["tokens_per_step"],
         "num_parameters": report["num_parameters"],
@@ -116,12 +131,13 @@ def study(
             return train_one(config, [*flags, *own, f"--{tune[0]}", value], out / f"{arm}-{value}-{seed}", seed)
 
         tuning = {value: trained(value, seeds[0]) for value in tune[1]}
-        best = min(tuning, key=lambda value: inf if tuning[value]["loss"] is None else tuning[value]["loss"])
+        losses = {value: each["loss"] for value, each in tuning.items()}
+        best = best_of(losses)
         runs = [tuning[best], *(trained(best, seed) for seed in seeds[1:])]
         names = [name for name, value in runs[0].items() if isinstance(value, float | None)]
         found[arm] = {
             "settings": [relative(word) for word in own],
-            "tuning": {value: each["loss"] for value, each in tuning.items()},
+            "tuning": losses,
             "best": best,
             "runs": runs,
             "num_parameters": runs[0]["num_parameters"],
@@ -129,8 +145,8 @@ def study(
         }
     first = next(iter(found.values()))
     for arm in found.values():
-        losses = arm["loss"], first["loss"]
-        arm["loss_ratio"] = None if None in losses else losses[0]["mean"] / losses[1]["mean"]
+        own, theirs = arm["loss"], first["loss"]
+        arm["loss_ratio"] = None if None in (own, theirs) else own["mean"] / theirs["mean"]
     return {
         "config": relative(config),
         "flags": [relative(flag) for flag in flags],
@@ -160,11 +176,12 @@ def table(found: dict[str, Any]) -> str:
         scores = [
             "-" if each[n] is None else f"{each[n]['mean']:.4f} ± {each[n]['standard_deviation']:.4f}" for n in names
         ]
-        ratio = each["loss_ratio"]
+        ratio, seconds = each["loss_ratio"], each["seconds"]
         lines.append(
             f"{arm:>24} {each['best']:>14} {each['num_parameters']:>12,}"
             f"{''.join(f'{score:>18}' for score in scores)} "
-            f"{each['seconds']['mean']:>9.0f}  {'-' if ratio is None else format(ratio, '.4f')}"
+            f"{'-' if seconds is None else format(seconds['mean'], '.0f'):>9}  "
+            f"{'-' if ratio is None else format(ratio, '.4f')}"
         )
     references = ", ".join(f"{name} {value:.4f}" for name, value in found["references"].items())
     return "\n".join([*lines, references])

@@ -11,7 +11,7 @@ ends with turbulence.json and pictures, of which eval.turbulence_card makes the 
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from eval import metrics, turbulence_figures
 from eval.scoring import METRICS, MetricSettings, RowScores, reference_rows, score_row, summed_up
-from eval.turbulence_arms import SETTINGS, Study, read_study, train_arm, trained
+from eval.turbulence_arms import SETTINGS, Study, check_trained, read_study, train_arm, trained
 from eval.turbulence_rows import Flows, find_row, metric_settings, read_flows, row_samplings, score_arm
 from leviathan import FieldTokenizer
 from training.provenance import provenance, relative, write_json
@@ -61,7 +61,6 @@ def sum_up(
         row.scores["border_ratio"] = row.scores["border_jump"] / np.maximum(jump, np.finfo(np.float64).tiny)
     headline, *others = scored
     results = summed_up(flows.truth, scored, setting, {headline: others}, STUDY_METRICS)
-    del results["summary"]  # the card has tables
     for name, row in scored.items():
         results["rows"][name]["decorrelation"] = _decorrelation(row, flows.about["dt"])
     for other, compared in results["comparisons"][headline].items():
@@ -101,6 +100,9 @@ def run_setting(
     ready = [arm for arm in arms if trained(folders[arm])]
     if args.train_only or not ready:
         return None
+    for arm in ready:
+        if args.only is None or arm in args.only:
+            check_trained(study, arms[arm], folders[arm])
     flows = read_flows(first, chosen, chosen.crop if name == "patches" else None)
     models = {arm: folders[arm] / "model" for arm in ready}
     setting = metric_settings(flows, first, models, chosen.patch_size, windowed=name == "patches")
@@ -119,6 +121,12 @@ def run_setting(
     results, examples = sum_up(flows, found, tokenizer, setting)
     results["arms"] = {arm: trained(folders[arm]) for arm in ready}
     return results, examples
+
+
+def _missing(arms: Iterable[str], results: Mapping[str, Any] | None) -> list[str]:
+    """Those of a setting's arms that no row is of."""
+    there = {about.get("arm") for about in results["rows"].values()} if results else ()
+    return [arm for arm in arms if arm not in there]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -149,6 +157,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         "tune_steps": study.tune_steps,
         "training_seed": study.training_seed,
         "evaluation": dataclasses.asdict(study.evaluation),
+        "missing": {name: _missing(arms, found.get(name)) for name, arms in study.settings.items()},
         "settings": found,
         "provenance": provenance(list(study.evaluation.seeds)),
     }

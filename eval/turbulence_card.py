@@ -5,13 +5,14 @@
         [--remarks remarks.md]
 
 Every number of the card is read from the records that `python -m eval.turbulence`, `eval.sampling` and
-`eval.embeddings` wrote. What no record can know, why something lost and what was tried, is in the file of --remarks.
+`eval.embeddings` wrote; the pictures of all lie beside that of --study. What no record can know, why something lost and
+what was tried, is in the file of --remarks.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +20,34 @@ from eval import embeddings as embeddings_study
 from eval import sampling as sampling_study
 from eval.card import MISSING, commit, value, verdict
 from eval.metrics import PAPER_METRICS
+from eval.scoring import shown_steps
 from eval.turbulence_figures import headlines, label
+from eval.turbulence_targets import (
+    NAMES,
+    Target,
+    embedding_target,
+    jacobi_target,
+    last_step,
+    listed,
+    targets,
+    targets_list,
+)
 from training.provenance import write_text
 
 Record = Mapping[str, Any]
 
 WHAT = {
     "patches": "Each patch is rolled out in isolation, as in the paper. What flows in from outside cannot be known.",
-    "whole": "Whole periodic fields: nothing flows in from outside.",
+    "whole": (
+        "Whole periodic fields: nothing flows in from outside. There is no arm of tokens: a whole field is one "
+        "sequence of as many tokens as it has pixels."
+    ),
     "halo": (
         "The prior state covers a margin around the patch, taken from the stitched field. All patches of a field take "
         "a step and are stitched again."
     ),
 }
-NAMES = {
-    "enstrophy_error": "enstrophy",
-    "energy_error": "spectral energy",
-    "slope_error": "spectral slope",
-    "jensen_shannon": "P(ω)",
-    "mean_log_ratio": "the scale-resolved spectrum",
-    "crps": "CRPS",
-}
-OPERATORS = ("fno", "unet", "deeponet")  # the paper's
-LEVEL = "lookup"  # its dense Transformer
-SAME_SIZE = 0.05  # by so much the parameters of arms that targets speak of may differ
-
-
-def last_step(results: Record) -> int:
-    """The number of steps of the rollouts."""
-    return len(results["truth"]["enstrophy"])
+PICTURES = {"sampling": ("widths", "ensemble", "jacobi"), "embeddings": ("components", "steps", "similarity")}
 
 
 def scores_table(results: Record, step: int) -> str:
@@ -91,7 +91,7 @@ def arms_table(results: Record) -> str:
     for name, arm in results["arms"].items():
         tuning = ", ".join(f"{key}: {_loss(loss)}" for key, loss in arm["tuning"].items())
         values = sorted(map(float, arm["tuning"]))
-        edge = " (edge)" * (len(values) > 2 and float(arm["best"]) in (values[0], values[-1]))
+        edge = " (edge)" * (len(values) > 1 and float(arm["best"]) in (values[0], values[-1]))
         cells = [
             name.replace("_", " "),
             f"{arm['num_parameters']:,}",
@@ -100,7 +100,7 @@ def arms_table(results: Record) -> str:
             tuning,
             f"{arm['pairs']:,}",
             _loss(arm["validation"][-1]["loss"]),
-            f"{arm['seconds']:,.0f}",
+            MISSING if arm["seconds"] is None else f"{arm['seconds']:,.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -108,6 +108,59 @@ def arms_table(results: Record) -> str:
 
 def _loss(loss: float | None) -> str:
     return "diverged" if loss is None else f"{loss:.4g}"
+
+
+def commits(results: Record) -> str:
+    """At which commits the arms were trained, and whether files differed from them."""
+    arms: dict[str, list[str]] = {}
+    for name, arm in results["arms"].items():
+        changed = ", with changes not yet committed" * bool(arm["provenance"].get("changed_since_commit"))
+        arms.setdefault(value(arm, "provenance.commit") + changed, []).append(name.replace("_", " "))
+    return "; ".join(f"{listed(names)} at commit {at}" for at, names in arms.items())
+
+
+def budget(settings: Mapping[str, Record]) -> str:
+    """One budget where every arm of a setting has the same, and how much each was given where it has not."""
+    pairs = [{arm["pairs"] for arm in each["arms"].values()} for each in settings.values()]
+    tries = [{len(arm["tuning"]) for arm in each["arms"].values()} for each in settings.values()]
+    if all(len(each) == 1 for each in (*pairs, *tries)):
+        return "tuned and trained with one budget in each setting"
+    return f"tuned over {_range(set().union(*tries))} values and trained on {_range(set().union(*pairs))} pairs"
+
+
+def _range(values: Collection[int]) -> str:
+    return " to ".join(f"{each:,}" for each in sorted({min(values), max(values)}))
+
+
+def not_tuned(settings: Mapping[str, Record]) -> str:
+    """What arms were given without a choice of values, as lines of Markdown."""
+    rates: dict[Any, dict[str, None]] = {}  # names in order, each once
+    noise: dict[Any, dict[str, None]] = {}
+    pushed = []
+    for setting, results in settings.items():
+        for name, arm in results["arms"].items():
+            of, shown = arm["of"], name.replace("_", " ")
+            data, training = of["settings"]["data"], of["settings"]["training"]
+            if data.get("kind") == "operators":
+                noise.setdefault(data.get("input_noise", 0), {})[shown] = None
+            elif of["tune"] != "training.learning_rate":
+                rates.setdefault(training.get("learning_rate", MISSING), {})[shown] = None
+            if data.get("pushforward"):
+                pushed.append(f"{shown} ({setting})")
+    what = {"the learning rate of the body of models of tokens": rates}
+    what |= {"noise in the prior state of operators, in standard deviations": noise}
+    lines = [
+        f"- not tuned: {text}: " + "; ".join(f"{size} for {listed([*names])}" for size, names in found.items())
+        for text, found in what.items()
+        if found
+    ]
+    return "\n".join([*lines, f"- pushforward: {f'tried with {listed(pushed)} alone' if pushed else 'not tried'}"])
+
+
+def _missing(found: Record) -> str:
+    named = {name: listed([arm.replace("_", " ") for arm in arms]) for name, arms in found["missing"].items() if arms}
+    told = "; ".join(f"{name}: {arms}" for name, arms in named.items())
+    return f"The study names arms that are missing here, not trained or not rolled out yet. {told}.\n\n" if told else ""
 
 
 def in_words(results: Record) -> str:
@@ -123,9 +176,9 @@ def in_words(results: Record) -> str:
             next(names for word, names in told.items() if word.startswith(said)).append(name)
         compared = results["comparisons"][headline][other]
         outside = [name for metric, name in NAMES.items() if _outside(compared[metric])]
-        words = "; ".join(f"{word} on {_listed(names)}" for word, names in told.items() if names)
+        words = "; ".join(f"{word} on {listed(names)}" for word, names in told.items() if names)
         theirs = label(other, results["rows"][other])
-        lines.append(f"- against {theirs}: {words}. Outside its interval on {_listed(outside) or 'nothing'}.")
+        lines.append(f"- against {theirs}: {words}. Outside its interval on {listed(outside) or 'nothing'}.")
     return "\n".join(lines)
 
 
@@ -133,71 +186,18 @@ def _outside(difference: Record) -> bool:
     return bool(difference["outside"] and difference["outside"][-1])
 
 
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
-def targets(setting: str, results: Record) -> list[tuple[str, bool | None]]:
-    """The figures that were to be reached in a setting, and whether they were; None where an arm is missing."""
-    headline, rows, step = results["headline"], results["rows"], last_step(results)
-
-    def score(row: str, metric: str) -> float:
-        return rows[row]["metrics"][metric]["mean"][-1]
-
-    def stands(other: str, metric: str) -> str:
-        return verdict(results, headline, other, metric, step).partition(" ")[0]
-
-    counts = {arm: each["num_parameters"] for arm, each in results["arms"].items()}
-    size = counts[rows[headline]["arm"]]
-    arms = {rows[row]["arm"]: row for row in headlines(rows)}
-    arms = {arm: row for arm, row in arms.items() if abs(counts[arm] - size) <= SAME_SIZE * size}
-    compared = results["comparisons"][headline]
-    if setting == "patches":
-        found = []
-        for metric in PAPER_METRICS:
-            operators = [arms[arm] for arm in OPERATORS if arm in arms]
-            outside = all(_outside(compared[row][metric]) for row in operators)
-            if metric == "enstrophy_error":
-                reached = all(stands(row, metric) in ("better", "like") for row in arms.values() if row != headline)
-                text = "at least level on enstrophy with every other arm of its size"
-            else:
-                reached = all(score(headline, metric) <= score(row, metric) for row in arms.values())
-                text = f"first of all arms of its size on {NAMES[metric]}"
-            text += f", outside the intervals of {_listed(OPERATORS)}"
-            found.append((text, reached and outside if len(operators) == len(OPERATORS) else None))
-        better = [m for m in PAPER_METRICS if LEVEL in arms and stands(arms[LEVEL], m) == "better"]
-        text = f"better than the dense Transformer ({LEVEL}) on at least three of the four metrics"
-        return [*found, (text, len(better) >= 3 if LEVEL in arms else None)]
-    if setting == "halo":
-        floor = results["noise_floor"]
-        near = floor and all(score(headline, metric) <= 2 * floor[metric][-1] for metric in PAPER_METRICS)
-        jump, true = score(headline, "border_jump"), results["truth"]["border_jump"][-1]
-        return [
-            ("within twice the noise floor on all four metrics", near),
-            (
-                f"jump across borders within 10 % of that inside (found {jump:.3g} times it, the truth {true:.3g})",
-                abs(jump - 1) <= 0.1,
-            ),
-        ]
-    return []
-
-
-def _targets_list(setting: str, results: Record) -> str:
-    told = {True: "reached", False: "not reached", None: "an arm or a flow is missing"}
-    lines = [f"- {text}: {told[reached]}" for text, reached in targets(setting, results)]
-    return "To be reached at the last step:\n\n" + "\n".join(lines) + "\n" if lines else ""
-
-
 def _setting(name: str, results: Record, pictures: str) -> str:
     data, step = results["data"], last_step(results)
-    size, steps = results["patch_size"], [each for each in (step, 5) if each <= step]
-    where = f"patch side of {size}" if results["windowed"] else f"field side of {data['side']}"
-    tables = "\n\n".join(
-        f"After {each} step{'s' * (each > 1)}:\n\n{scores_table(results, each)}" for each in dict.fromkeys(steps)
+    where = f"patch side of {results['patch_size']}" if results["windowed"] else f"field side of {data['side']}"
+    *earlier, last = (
+        f"After {each} step{'s' * (each > 1)}:\n\n{scores_table(results, each)}" for each in shown_steps(step)
     )
+    tables = "\n\n".join([last, *(_folded(each) for each in earlier)])
+    reached = targets_list(targets(name, results), "an arm or a flow is missing")
+    reached = f"To be reached at the last step:\n\n{reached}\n" if reached else ""
     headline = label(results["headline"], results["rows"][results["headline"]])
     diverged = [label(row, about) for row, about in results["rows"].items() if about.get("num_diverged")]
-    told = f"Rollouts that diverged, their values held at a bound: {_listed(diverged)}.\n\n" if diverged else ""
+    told = f"Rollouts that diverged, their values held at a bound: {listed(diverged)}.\n\n" if diverged else ""
     return f"""## {name.capitalize()}
 
 {WHAT[name]} {len(data["trajectories"])} flows, {data["side"]} x {data["side"]} pixels of each; slopes are fitted over \
@@ -208,11 +208,13 @@ wavenumbers {results["slope_band"][0]} to {results["slope_band"][1]} per {where}
 
 {tables}
 
-{told}{headline.capitalize()}, after {step} step{"s" * (step > 1)}:
+Trained: {commits(results)}.
+
+{told}{headline.capitalize()}, the first row of the first arm here, after {step} step{"s" * (step > 1)}:
 
 {in_words(results)}
 
-{_targets_list(name, results)}
+{reached}
 ![Metrics over steps]({pictures}/{name}_curves.png)
 
 ![Scores at the last step]({pictures}/{name}_scores.png)
@@ -225,6 +227,18 @@ wavenumbers {results["slope_band"][0]} to {results["slope_band"][1]} per {where}
 """
 
 
+def _folded(table: str) -> str:
+    """A table below its first line, which is all that is shown before a click."""
+    title, _, rest = table.partition("\n\n")
+    return f"<details><summary>{title.removesuffix(':')}</summary>\n\n{rest}\n\n</details>"
+
+
+def _study(name: str, words: str, target: Target, pictures: str) -> str:
+    shown = "\n\n".join(f"![{each.capitalize()}]({pictures}/{each}.png)" for each in PICTURES[name])
+    reached = targets_list([target], "no such model, or no such decoding, was measured")
+    return f"## {name.capitalize()}\n\n{words}\n\nTo be reached:\n\n{reached}\n\n{shown}\n\n"
+
+
 def turbulence_card(
     found: Record,
     pictures: str,
@@ -235,10 +249,10 @@ def turbulence_card(
     """The card as Markdown with Hugging Face's YAML front matter; a function of the records and remarks alone."""
     settings, made = found["settings"], found["provenance"]
     results = next(iter(settings.values()))
-    data, arms = results["data"], results["arms"]
+    data = results["data"]
     counts = [arm["num_parameters"] for each in settings.values() for arm in each["arms"].values()]
     pairs = sorted({arm["pairs"] for each in settings.values() for arm in each["arms"].values()})
-    budgets = len(next(iter(arms.values()))["tuning"])
+    tries = {len(arm["tuning"]) for each in settings.values() for arm in each["arms"].values()}
     source = "this project's own solver (`training/turbulence.py`)" if data["synthetic"] else "PDEBench's layout"
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     hardware = sorted(
@@ -246,9 +260,10 @@ def turbulence_card(
     )
     studies = ""
     if sampling is not None:
-        studies += f"## Sampling\n\n{sampling_study.markdown(sampling)}\n\n"
+        studies += _study("sampling", sampling_study.markdown(sampling), jacobi_target(sampling), pictures)
     if embeddings is not None:
-        studies += f"## Embeddings\n\n{embeddings_study.markdown(embeddings)}\n\n"
+        words = embeddings_study.markdown(embeddings)
+        studies += _study("embeddings", words, embedding_target(embeddings), pictures)
     if remarks:
         studies += f"## Where it loses, and what was tried\n\n{remarks.strip()}\n\n"
     sections = "\n".join(_setting(name, each, pictures) for name, each in settings.items())
@@ -267,7 +282,7 @@ tags:
 
 <!-- Written by `python -m eval.turbulence_card` from turbulence.json. Edit eval/turbulence_card.py, not this file. -->
 
-Figures 5 and 6 of the paper (arXiv 2603.12244) with baselines of one size that were tuned and trained with one budget:
+Figures 5 and 6 of the paper (arXiv 2603.12244) with baselines that were {budget(settings)}:
 models of tokens (`leviathan`: a separable embedding; `lookup`: a dense Transformer) beside operators (FNO, U-Net,
 DeepONet, a conditional diffusion).
 
@@ -278,9 +293,10 @@ The tables come from a study of this size, not of the paper's:
 | fields | {data["grid"][0]} x {data["grid"][1]}, from {source} |
 | patch | {results["patch_size"]} x {results["patch_size"]} pixels |
 | parameters of an arm | {min(counts):,} to {max(counts):,} |
-| training pairs of an arm | {_listed([f"{each:,}" for each in pairs])}, from {data["num_training_flows"]} flows |
-| training steps | {found["steps"]:,}, after {found["tune_steps"]:,} with each of {budgets} values of the tuned rate |
-| seeds | one of training ({found["training_seed"]}); of rollouts that are random {_listed([*map(str, made["seed"])])} |
+| training pairs of an arm | {listed([f"{each:,}" for each in pairs])}, from {data["num_training_flows"]} flows |
+| training steps | {found["steps"]:,}, after {found["tune_steps"]:,} with each of {_range(tries)} values of the tuned \
+rate |
+| seeds | one of training ({found["training_seed"]}); of rollouts that are random {listed([*map(str, made["seed"])])} |
 | time from a state to the next | {data["dt"]:.3g}, in which the flow moves by {data["pixels_per_step"]:.2g} pixels on \
 average |
 
@@ -295,16 +311,18 @@ One seed of training: differences between arms hold the luck of their initial va
 - "better", "worse": flow by flow, the 95 % interval (Student) of the difference holds no 0, else "like"; "outside its
   interval": the mean lies outside the other's bootstrap interval
 - pairs: with repetition, as items were drawn at random; (edge): the least or greatest rate tried was best
+{not_tuned(settings)}
 
-{sections}
+{_missing(found)}{sections}
 {studies}## Reproduce
 
 ```bash
-{value(made, "command")}
+make turbulence
+make turbulence-card
 ```
 
-Study `{value(found, "study")}`. Trained on {"; ".join(hardware)}. Evaluated on \
-{value(made, "hardware.processor")}, {value(made, "hardware.cores")} cores, accelerator \
+Study `{value(found, "study")}`, summed up by `{value(made, "command")}`. Trained on {"; ".join(hardware)}. \
+Evaluated on {value(made, "hardware.processor")}, {value(made, "hardware.cores")} cores, accelerator \
 {made["hardware"].get("accelerator") or "none"}; {versions}; commit {commit(made)}; {value(made, "date")}.
 """
 

@@ -17,8 +17,9 @@ from transformers import AutoFeatureExtractor, AutoModelForCausalLM
 
 import leviathan
 from eval import metrics
+from eval.rollout import pixels_per_step, strangers
 from eval.scoring import MetricSettings, Row, RowScores, score_row
-from eval.turbulence_arms import Arm, EvaluationSettings, trained
+from eval.turbulence_arms import Arm, EvaluationSettings, sampling_options, trained
 from leviathan.decoding_leviathan import RANDOM
 from training.fields import FieldFile, data_record, split_trajectories
 from training.operators import FieldOperator, rollout_fields
@@ -72,19 +73,17 @@ def read_flows(arm: Arm, chosen: EvaluationSettings, crop: int | None) -> Flows:
             if applies:
                 raise ValueError(f"{data['path']}: {reason}.")
         times = range(0, stride * chosen.num_steps + 1, stride)
-        strangers = np.resize(np.random.default_rng(0).permutation(split.train), count)  # repeated if too few
         truth, others = (
             np.stack([file.vorticity(int(i), times)[:, :side, :side] for i in chosen_flows])
-            for chosen_flows in (flows[:count], strangers)
+            for chosen_flows in (flows[:count], strangers(split.train, count))
         )
-        speeds = [np.hypot(*file.velocity(int(i), t)).mean() for i in flows[:count] for t in times]
         about = {
             "path": relative(data["path"]),
             "grid": list(file.grid),
             "side": side,
             "length": file.spacing[0] * side,
             "dt": file.dt_save * stride,
-            "pixels_per_step": float(np.mean(speeds) * file.dt_save * stride / file.spacing[0]),
+            "pixels_per_step": pixels_per_step(file, flows[:count], times),
             "synthetic": file.synthetic,
             "trajectories": flows[:count].tolist(),
             "num_training_flows": len(split.train),
@@ -119,12 +118,6 @@ def metric_settings(
     levels = leviathan.FieldTokenizer(**first.tokenizer()).vocab_size
     band = metrics.slope_band(patch_size if windowed else flows.truth.shape[-1])
     return MetricSettings(*ends, patch_size, flows.about["length"], band, min(256, levels), windowed)
-
-
-def sampling_options(name: str) -> dict[str, Any]:
-    """The options of `leviathan.rollout` for a sampling by name; `top_5` keeps five levels."""
-    kind, _, count = name.rpartition("_")
-    return {"sampling": "top_k", "top_k": int(count)} if kind == "top" and count.isdigit() else {"sampling": name}
 
 
 def row_samplings(arm: Arm, chosen: EvaluationSettings) -> dict[str, str | None]:

@@ -431,6 +431,26 @@ def test_another_file_than_the_trainings_is_refused(run_folder, tmp_path):
     job.load(job.parse([*command, "--num-steps", "2", "--other-data"]))
 
 
+def test_strangers_are_training_flows_the_same_each_time():
+    train = np.arange(10, 15)
+    few, many = job.strangers(train, 3), job.strangers(train, 12)
+    assert set(few) < set(train)
+    assert len(set(few)) == 3
+    assert few.tolist() == many[:3].tolist()
+    assert many[5:10].tolist() == many[:5].tolist()  # repeated
+
+
+def test_a_flow_of_one_speed_moves_by_as_many_pixels(tmp_path):
+    with h5py.File(tmp_path / "flow.hdf5", "w") as file:
+        for key, speed in (("Vx", 3.0), ("Vy", 4.0)):
+            file[key] = np.full((2, 5, 8, 8), speed, np.float32)
+        file["t-coordinate"] = np.arange(6) * 0.1
+        for key in ("x-coordinate", "y-coordinate"):
+            file[key] = (np.arange(8) + 0.5) / 8
+    with FieldFile(tmp_path / "flow.hdf5") as fields:
+        assert job.pixels_per_step(fields, np.array([0, 1]), range(0, 5, 2)) == pytest.approx(5 * 0.2 * 8)
+
+
 def test_few_flows_give_no_verdict_by_chance():
     """Three flows without a difference: a bootstrap would call a quarter of them different."""
     generator = np.random.default_rng(0)

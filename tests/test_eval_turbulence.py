@@ -1,5 +1,6 @@
 """The study of turbulence: read from its file, arms tuned alike, rolled out once, summed up from what is there."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def test_rows_are_those_of_the_study(found):
     assert halo["headline"] == "leviathan_expectation"
     assert list(patches["comparisons"]["leviathan_expectation"]) == arms[1:] + references
     for setting in found["settings"].values():
+        assert "summary" not in setting
         for about in setting["rows"].values():
             assert set(about["metrics"]) == set(turbulence.STUDY_METRICS)
             assert {len(each["mean"]) for each in about["metrics"].values()} == {5}
@@ -197,6 +199,71 @@ def test_nothing_is_done_twice(found, folder, monkeypatch, undrawn):
         assert again["settings"] == found["settings"]
 
 
+def test_an_arm_of_another_study_is_not_summed_up(found, folder, undrawn, tmp_path, monkeypatch):
+    """Paths and names are the same; the base config, the study's steps or the data are others."""
+    base, study = folder / "operators.yaml", study_of(folder)
+    finished = ["--study", str(tmp_path / "now.yaml"), "--out", str(folder / "out"), "--finished"]
+
+    def summed_up(**changes):
+        (tmp_path / "now.yaml").write_text(yaml.safe_dump(study | changes, sort_keys=False))
+        return turbulence.main([*finished, "--settings", "whole"])
+
+    summed_up()
+    before = base.read_text()
+    try:
+        for old, new, differ in (
+            ("max_steps: 1", "max_steps: 1\n  weight_decay: 0.25", "settings.training.weight_decay"),
+            ("num_validation_items: 8", "num_validation_items: 4", "settings.data.num_validation_items"),
+            ("max_steps: 1", "max_steps: 7", None),  # the study's own is taken
+        ):
+            base.write_text(before.replace(old, new))
+            if differ is None:
+                summed_up()
+                continue
+            with pytest.raises(
+                SystemExit, match=rf"deeponet in .* was trained with other .* \({differ}\) than the study"
+            ):
+                summed_up()
+    finally:
+        base.write_text(before)
+    with pytest.raises(SystemExit, match=r"\(settings.training.max_steps, steps\)"):
+        summed_up(steps=3)
+    tune = study["tune"] | {str(folder / "operators.yaml"): {"training.learning_rate": [1e-3, 3e-2, 1e-1]}}
+    with pytest.raises(SystemExit, match=r"\(values\)"):
+        summed_up(tune=tune)
+    record = turbulence_arms.data_record
+    monkeypatch.setattr(turbulence_arms, "data_record", lambda file: record(file) | {"num_trajectories": 5})
+    with pytest.raises(SystemExit, match=r"\(data_record.num_trajectories\)"):
+        summed_up()
+
+
+def test_what_an_arm_follows_from_holds_settings_and_data(found, folder):
+    of = found["settings"]["patches"]["arms"]["lookup"]["of"]
+    assert set(of["settings"]) == {"data", "tokenizer", "model", "training"}
+    assert of["settings"]["data"]["path"] == "flow.hdf5"  # tells nothing of the machine
+    assert of["settings"]["model"]["embedding_type"] == "lookup"
+    assert (of["settings"]["training"]["max_steps"], of["steps"], of["tune_steps"], of["seed"]) == (2, 2, 1, 1)
+    assert not {"output_dir", "resume_from_checkpoint", "embedding_learning_rate"} & of["settings"]["training"].keys()
+    assert of["data_record"]["grid"] == [16, 16]
+    assert found["settings"]["patches"]["arms"]["lookup"]["provenance"].keys() >= {"commit", "changed_since_commit"}
+
+
+def test_an_old_record_is_made_again_without_a_training(found, folder, monkeypatch):
+    where = folder / "out" / "halo" / "leviathan"
+    before = (where / "arm.json").read_text()
+    record = json.loads(before)
+    (where / "arm.json").write_text(json.dumps(record | {"of": {"config": "tokens.yaml"}}))
+    study = turbulence.read_study(folder / "study.yaml")
+    with pytest.raises(ValueError, match=r"leviathan in .* \(config, data_record, seed, settings, "):
+        turbulence_arms.check_trained(study, study.settings["halo"]["leviathan"], where)
+    monkeypatch.setattr("training.field_task.FieldTrainer.train", None)
+    assert turbulence_arms.train_arm(study, study.settings["halo"]["leviathan"], where) == record
+    assert json.loads((where / "arm.json").read_text()) == record
+    other = dataclasses.replace(study, steps=3)
+    with pytest.raises(ValueError, match=r"trained with other settings or data \(settings.training.max_steps"):
+        turbulence_arms.train_arm(other, other.settings["halo"]["leviathan"], where)
+
+
 def test_what_is_finished_is_summed_up(found, folder, undrawn):
     gone = folder / "out" / "patches" / "lookup" / "lookup_expectation.json"
     content = gone.read_text()
@@ -204,6 +271,10 @@ def test_what_is_finished_is_summed_up(found, folder, undrawn):
     turbulence.main(command(folder, "--finished", "--settings", "patches"))
     again = json.loads((folder / "out" / "turbulence.json").read_text())["settings"]
     gone.write_text(content)
+    missing = json.loads((folder / "out" / "turbulence.json").read_text())["missing"]
+    assert missing == {"patches": ["lookup"], "halo": ["leviathan"], "whole": ["deeponet"]}
+    assert set(found["missing"]) == {"patches", "halo", "whole"}
+    assert not any(found["missing"].values())
     assert list(again) == ["patches"]
     assert "lookup_expectation" not in again["patches"]["rows"]
     known = found["settings"]["patches"]["rows"]["deeponet"]["metrics"]
@@ -282,9 +353,9 @@ def test_times_of_known_correlations():
 
 
 def test_samplings_by_name():
-    assert turbulence_rows.sampling_options("top_50") == {"sampling": "top_k", "top_k": 50}
-    assert turbulence_rows.sampling_options("top_p") == {"sampling": "top_p"}
-    assert turbulence_rows.sampling_options("expectation") == {"sampling": "expectation"}
+    assert turbulence_arms.sampling_options("top_50") == {"sampling": "top_k", "top_k": 50}
+    assert turbulence_arms.sampling_options("top_p") == {"sampling": "top_p"}
+    assert turbulence_arms.sampling_options("expectation") == {"sampling": "expectation"}
 
 
 def test_references_need_no_tokens():
@@ -329,6 +400,23 @@ def changed(path, value):
         (changed(["evaluation", "patch_size"], None), "evaluation lacks patch_size"),
         (changed(["evaluation", "patches"], 3), "evaluation: unknown patches"),
         (changed(["evaluation", "crop"], 6), "a crop of it that is a multiple of patch_size = 4"),
+        (changed(["evaluation", "split"], "tests"), "split = 'tests'; expected one of train, validation, test"),
+        (changed(["evaluation", "seeds"], [0, 0]), r"seeds = \[0, 0\]; expected a list of different whole numbers"),
+        (changed(["evaluation", "seeds"], [-1]), r"seeds = \[-1\]"),
+        (changed(["evaluation", "seeds"], []), r"seeds = \[\]"),
+        (changed(["evaluation", "num_steps"], 0), "num_steps = 0; expected a whole number, 1 or more"),
+        (changed(["evaluation", "num_trajectories"], True), "num_trajectories = True; expected a whole number"),
+        (changed(["evaluation", "patch_size"], 4.0), "patch_size = 4.0; expected a whole number"),
+        (changed(["evaluation", "crop"], "8"), "crop = '8'; expected a whole number"),
+        (changed(["steps"], "many"), "steps = 'many'; expected a whole number"),
+        (changed(["training_seed"], -1), "training_seed = -1; expected a whole number, 0 or more"),
+        (changed(["evaluation", "samplings"], ["greedy"]), "samplings and decoding: expected keys and values"),
+        (changed(["evaluation", "samplings", "chair"], ["greedy"]), "samplings of 'chair'; expected an arm of tokens"),
+        (changed(["evaluation", "samplings", "deeponet"], ["greedy"]), "an arm of tokens, leviathan, lookup"),
+        (changed(["evaluation", "samplings", "leviathan"], []), r"samplings of leviathan are \[\]; expected a list"),
+        (changed(["evaluation", "samplings", "leviathan"], ["beam"]), "expected a list of expectation, greedy"),
+        (changed(["evaluation", "samplings", "leviathan"], ["top_0"]), "top_5 and the like"),
+        (changed(["settings", "halo", "shared"], 4), "halo: shared is 4; expected keys and values, or nothing"),
         (changed(["evaluation", "num_trajectories"], 9), "num_trajectories = 9: the test split has 3"),
         (changed(["evaluation", "num_steps"], 9), "num_steps = 9: there are 6 states after the first"),
     ],
@@ -350,9 +438,21 @@ def test_tuning_is_one_key_and_as_many_values_for_all(folder):
     ):
         study = study_of(folder)
         study["tune"][str(folder / "operators.yaml")] = values
-        (folder / "bad.yaml").write_text(yaml.safe_dump(study))
+        (folder / "bad.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
         with pytest.raises(ValueError, match=message):
             turbulence.read_study(folder / "bad.yaml")
+
+
+def test_nothing_need_be_shared_and_data_must_be_named(folder):
+    study = study_of(folder)
+    study["settings"]["patches"]["shared"] = None
+    (folder / "empty.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    found, given = (turbulence.read_study(folder / f"{name}.yaml") for name in ("empty", "study"))
+    assert found == given
+    study["settings"]["patches"]["shared"] = {"data.path": ""}
+    (folder / "empty.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    with pytest.raises(ValueError, match=r"leviathan, lookup, deeponet: no data\.path"):
+        turbulence.read_study(folder / "empty.yaml")
 
 
 def test_unknown_names_are_said(folder):

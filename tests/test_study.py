@@ -67,6 +67,34 @@ def test_a_training_that_diverged_is_the_worst(command, tmp_path, capsys, monkey
     assert line == ["digits", "1e-3", "100", "-", "2", "-"]
 
 
+def test_seconds_are_those_of_the_whole_training_or_none():
+    report = {"steps": 90, "resumed_from_step": 60, "seconds": 5.0}
+    assert study.seconds_of(report) == 15
+    assert study.seconds_of(report | {"resumed_from_step": 0}) == 5
+    assert study.seconds_of(report | {"resumed_from_step": 90}) is None
+
+
+def test_a_training_without_a_time_is_summed_up(command, capsys, monkeypatch):
+    def train_one(config, flags, folder, seed):
+        sizes = {"steps": 2, "tokens_per_step": 8, "num_parameters": 100, "embedding_parameters": 10}
+        return {"seed": seed, "loss": 2.0, "seconds": None, "validation": [], "references": {}} | sizes
+
+    monkeypatch.setattr(study, "train_one", train_one)
+    assert study.main(command)["arms"]["dense"]["seconds"] is None
+    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("dense")]
+    assert line[-2:] == ["-", "1.0000"]
+
+
+def test_the_best_of_a_tuning_is_never_one_that_diverged():
+    assert study.best_of({"a": None, "b": 3.0, "c": 2.0}) == "c"
+    assert study.best_of({"a": None, "b": None}) == "a"
+
+
+def test_flags_of_settings():
+    found = study.settings_flags({"model.output_head": "dense", "data.offsets": [1, 2], "training.bf16": True})
+    assert found == ["--model.output_head", '"dense"', "--data.offsets", "[1, 2]", "--training.bf16", "true"]
+
+
 @pytest.mark.parametrize("bad", ["model.output_head", "output_head=dense", "model.output_head="])
 def test_bad_values_are_refused(command, bad, capsys):
     with pytest.raises(SystemExit):
