@@ -9,12 +9,13 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from eval.metrics import PAPER_METRICS
 
@@ -282,6 +283,13 @@ def save(path: Path, size: tuple[float, float], draw: Callable[[FigureBase], Non
         partial = path.with_name(path.name + ".partial")
         figure.savefig(partial, format="png", dpi=110)
     partial.replace(path)
+
+
+def plain_ticks(axis: Axis, written: Callable[[float], str] = "{:g}".format) -> None:
+    """Labels of a logarithmic axis at 1, 2 and 5 of each decade; the others would run into one another."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _rows(results: Results, kind: str) -> list[str]:

@@ -4,19 +4,18 @@ An arm is a model that is compared with others, trained once for each of its see
 each seed. Lines and dots are means over seeds, bands and bars run from the least to the greatest.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import FigureBase
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from torch import nn
 
-from eval.figures import LOOKS, draw_curve, principal_components, save
+from eval.figures import LOOKS, draw_curve, plain_ticks, principal_components, save
 
 Curve = Mapping[str, Sequence[float]]
 Band = Mapping[str, Any]
@@ -92,7 +91,7 @@ def draw_curves(figure: FigureBase, arms: Mapping[str, Sequence[Curve]], referen
                 _band(column[1], spent[arm][shared], difference, looks[arm])
                 late += difference[:, spent[arm][shared] >= at[-1] / 10].ravel().tolist()
         column[0].set_xscale("log")
-        _plain_ticks(column[-1].xaxis, lambda value: f"{value:,.0f}" if value < 10_000 else f"{value / 1000:,.0f}k")
+        plain_ticks(column[-1].xaxis, lambda value: f"{value:,.0f}" if value < 10_000 else f"{value / 1000:,.0f}k")
         column[-1].set_xlabel(label)
     axes[0, 0].set_ylabel("validation loss [nat/token]")
     if reference is not None:
@@ -108,13 +107,6 @@ def _band(ax: Axes, x: np.ndarray, values: np.ndarray, look: dict[str, Any]) -> 
     x, values = x[shown], values[:, shown]
     ax.plot(x, values.mean(0), **{key: entry for key, entry in look.items() if key != "marker"})
     ax.fill_between(x, values.min(0), values.max(0), color=look["color"], alpha=0.2, linewidth=0)
-
-
-def _plain_ticks(axis: Axis, written: Callable[[float], str]) -> None:
-    """Labels of a logarithmic axis at 1, 2 and 5 of each decade; the others would run into one another."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def draw_bands(figure: FigureBase, arms: Mapping[str, Sequence[Sequence[Band]]], reference: str | None = None) -> None:
@@ -163,7 +155,7 @@ def draw_bands(figure: FigureBase, arms: Mapping[str, Sequence[Sequence[Band]]],
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
         ax.set_ylabel(f"perplexity / that of {looks[reference]['label']}")
-        _plain_ticks(ax.yaxis, lambda value: f"{value:g}")
+        plain_ticks(ax.yaxis, lambda value: f"{value:g}")
         ax.axhline(1, color=looks[reference]["color"], linewidth=0.8, zorder=1)
     if len(arms) > 1:
         _legend(figure, ax)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from eval.figures import BAND, DIVERGING, FLOOR, LOOKS, STYLE, save
+from eval.figures import BAND, DIVERGING, FLOOR, LOOKS, STYLE, plain_ticks, save
 from eval.metrics import PAPER_METRICS
 
 Results = dict[str, Any]
@@ -86,6 +86,7 @@ def draw_curves(figure: FigureBase, results: Results, names: Sequence[str] = CUR
         if name != "correlation":
             decades = np.log10([score for score in visible if score > 0] or [1e-3])
             ax.set(yscale="log", ylim=(10 ** (decades.min() - 0.2), 10 ** (decades.max() + 0.2)))
+            plain_ticks(ax.yaxis)
         if name in floors:
             ax.fill_between(steps, np.full(len(steps), 1e-30), floors[name], **FLOOR)
         ax.set_title(results["metrics"][name]["label"])
@@ -158,6 +159,8 @@ def draw_scores(figure: FigureBase, results: Results) -> None:
             low.append(floors[name][-1])
         ax.set(title=results["metrics"][name]["label"], xscale="log")
         ax.set_xlim(left=min([each for each in low if each > 0] or [1e-3]) / 2)
+        plain_ticks(ax.xaxis)
+        ax.tick_params(axis="x", labelsize=8)
     axes[0].set_yticks(range(len(rows)), labels=[shown[row]["label"] for row in rows])
     axes[0].invert_yaxis()
     figure.suptitle(f"step {len(score['mean'])}; grey: below the noise floor, one true flow against another")
