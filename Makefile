@@ -120,6 +120,7 @@ turbulence-card: .venv/.installed
 	$(BIN)/python -m eval.sampling --model $(MODELS)/patches/leviathan/model --data $(TURBULENCE)/data.hdf5 \
 		--out $(TURBULENCE)/sampling
 	$(BIN)/python -m eval.embeddings --out $(TURBULENCE)/embeddings --models separable=$(MODELS)/patches/leviathan/model \
+		reflected=$(MODELS)/patches/reflected/model \
 		lookup=$(MODELS)/patches/lookup/model low_rank=$(MODELS)/patches/low_rank/model
 	mkdir -p $(CARD)
 	cp $(MODELS)/turbulence.json $(MODELS)/*.png $(MODELS)/*.gif $(TURBULENCE)/sampling/* $(TURBULENCE)/embeddings/* $(CARD)/

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -380,3 +381,13 @@ def test_looks_tell_rows_apart():
 def test_the_best_operator_has_the_least_rank(found):
     assert turbulence_figures.best_operator(found["settings"]["halo"]) == "diffusion"
     assert turbulence_figures.best_operator({"rows": {"persistence": {"kind": "reference"}}}) is None
+
+
+def test_the_committed_card_is_what_its_records_generate():
+    cards = Path(__file__).resolve().parent.parent / "model_cards"
+    names = ("turbulence", "sampling", "embeddings")
+    records = [json.loads((cards / "leviathan_turbulence" / f"{name}.json").read_text("utf-8")) for name in names]
+    remarks = (cards / "leviathan_turbulence" / "remarks.md").read_text("utf-8")
+    text = (cards / "leviathan_turbulence.md").read_text("utf-8")
+    assert text == turbulence_card.turbulence_card(records[0], "leviathan_turbulence", *records[1:], remarks)
+    assert all((cards / link).is_file() for link in re.findall(r"\]\((leviathan_turbulence/[^)]+)\)", text))
