@@ -221,6 +221,7 @@ class LeviathanModel(LeviathanPreTrainedModel):
         past_key_values: Cache | None,
         prefix_length: int | torch.Tensor | None,
     ) -> None:
+        # CODEPATH: models of patches with a margin read one prior state; others a prefix of any length.
         if self.config.position_layout == "window" and isinstance(prefix_length, int):
             window = (self.config.patch_size + 2 * self.config.patch_margin) ** 2
             if prefix_length != window:
