@@ -281,7 +281,7 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         LLaMA knows no prefix: causal logits are equal, a prefix is lost.
 
         Raises:
-            ValueError: If the head is one of digits, or positions are those of a grid: LLaMA has neither.
+            ValueError: If the head is one of digits, or positions are places in a window: LLaMA has neither.
         """
         if self.config.output_head != "dense":
             raise ValueError(f"output_head = {self.config.output_head!r} is not LLaMA's; only 'dense' heads are.")

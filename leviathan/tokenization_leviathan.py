@@ -63,11 +63,7 @@ def to_windows(fields: Fields, patch_size: int, margin: int = 0) -> Fields:
     """
     height, width = fields.shape[-2:]
     size, window = patch_size, patch_size + 2 * margin
-    if any(side < 1 or side % size for side in (height, width)):
-        raise ValueError(
-            f"a field of {height} x {width} does not divide into patches of {size} x {size}; crop it, or choose "
-            "another patch_size."
-        )
+    _check_divides((height, width), size)
     if margin and min(height, width) < window:
         raise ValueError(
             f"a margin of {margin} pixels around patches of {size} x {size} needs a periodic field of at least "
@@ -89,6 +85,14 @@ def stitch(patches: Fields, field_shape: tuple[int, int]) -> Fields:
     (height, width), size = field_shape, patches.shape[-1]
     fields = patches.reshape(-1, height // size, width // size, size, size).swapaxes(2, 3)
     return fields.reshape(-1, height, width)
+
+
+def _check_divides(field_shape: tuple[int, ...], size: int) -> None:
+    if any(side < 1 or side % size for side in field_shape):
+        raise ValueError(
+            f"a field of {' x '.join(map(str, field_shape))} does not divide into patches of {size} x {size}; crop it, "
+            "or choose another patch_size."
+        )
 
 
 def check_scale(fields: Fields, rms: float) -> None:
@@ -251,7 +255,7 @@ class FieldTokenizer(FeatureExtractionMixin):
             raise ValueError(
                 f"fields have shape {np.shape(fields)}; expected (batch, height, width) or (height, width), not empty."
             )
-        self._check_size(array.shape[1:])
+        _check_divides(array.shape[1:], self.patch_size)
         data = {"input_ids": self._flat(to_windows(self._quantise(array), self.patch_size))}
         if return_num_clipped:
             data["num_clipped"] = ((array < self.low) | (array > self.high)).sum((1, 2))
@@ -334,7 +338,7 @@ class FieldTokenizer(FeatureExtractionMixin):
 
     def _check_ids(self, input_ids: Fields, field_shape: tuple[int, int]) -> None:
         height, width = field_shape
-        self._check_size((height, width))
+        _check_divides((height, width), self.patch_size)
         patches = (height // self.patch_size) * (width // self.patch_size)
         if input_ids.ndim != 2 or input_ids.shape[1] != self.tokens_per_patch or input_ids.shape[0] % patches:
             raise ValueError(
@@ -351,13 +355,6 @@ class FieldTokenizer(FeatureExtractionMixin):
         if self.low is None:
             raise ValueError(
                 "this FieldTokenizer has no range yet; call fit(fields) on training data, or give low and high."
-            )
-
-    def _check_size(self, shape: tuple[int, ...]) -> None:
-        if any(side < 1 or side % self.patch_size for side in shape):
-            raise ValueError(
-                f"a field of {' x '.join(map(str, shape))} does not divide into patches of {self.patch_size} x "
-                f"{self.patch_size}; crop it, or choose another patch_size."
             )
 
     def _finite(self, fields: Fields) -> np.ndarray:

@@ -162,7 +162,10 @@ def test_whole_fields_have_no_arm_of_tokens(found):
 
 def test_every_step_of_the_summary_has_a_table(found):
     results = json.loads(json.dumps(found["settings"]["halo"]))
-    longer = lambda values: values * 4 if isinstance(values, list) and len(values) == NUM_STEPS else values  # noqa: E731
+
+    def longer(values):
+        return values * 4 if isinstance(values, list) and len(values) == NUM_STEPS else values
+
     for about in results["rows"].values():
         about["metrics"] = {
             name: {key: longer(each) for key, each in score.items()} for name, score in about["metrics"].items()
