@@ -119,23 +119,80 @@ class CPNetwork(nn.Module):
             ValueError: If a point is NaN or outside its interval, or x has another width or dtype than the network.
         """
         check_points(x, self.splines, self.factors.dtype, inside=check)
+        return self._by_blocks(self._evaluate, x)
+
+    def _by_blocks(self, function: Callable[[Tensor], Tensor], x: Tensor, numel: int = 1) -> Tensor:
+        """A function of points (points, num_inputs) for x (..., num_inputs), on a CPU in parts that stay in its cache.
+
+        ``numel`` counts the function's values for each of a point's sub-atoms.
+        """
         points = x.reshape(-1, self.num_inputs)
         if torch.compiler.is_compiling() or x.device.type != "cpu":
-            return self._evaluate(points).view(*x.shape[:-1], self.num_outputs)
-        size = max(1, BLOCK_NUMEL // self.factors[:, 0].numel())
-        parts = [self._evaluate(part) for part in points.split(size)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], self.num_outputs)
+            values = function(points)
+        else:
+            size = max(1, BLOCK_NUMEL // (numel * self.factors[:, 0].numel()))
+            parts = [function(part) for part in points.split(size)]
+            values = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return values.view(*x.shape[:-1], *values.shape[1:])
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """Values at points (points, num_inputs) that are known to lie inside: (points, num_outputs)."""
-        components = pairwise_product(self.subatoms(x, check=False))  # (points, num_outputs or 1, rank)
-        if self.weights is None:
-            total = components.sum(-1)
-        elif self.factors.shape[2] == 1:
-            total = F.linear(components.squeeze(-2), self.weights)
-        else:
-            total = (components * self.weights).sum(-1)
+        total = self._sum(pairwise_product(self.subatoms(x, check=False)))
         return total if self.activation is None else self.activation(total)
+
+    def _sum(self, components: Tensor) -> Tensor:
+        """The weighted sum of components (..., num_outputs or 1, rank): (..., num_outputs)."""
+        if self.weights is None:
+            return components.sum(-1)
+        if self.factors.shape[2] == 1:
+            return F.linear(components.squeeze(-2), self.weights)
+        return (components * self.weights).sum(-1)
+
+    def value_and_gradient(self, x: Tensor, *, check: bool = True) -> tuple[Tensor, Tensor]:
+        r"""The function and its gradient in closed form: (..., num_outputs) and (..., num_outputs, num_inputs).
+
+        .. math::
+            \frac{\partial f_o}{\partial x_i}
+                = \sum_j c_{oj}\, \psi_i^{(oj)\prime}(x_i) \prod_{k \ne i} \psi_k^{(oj)}(x_k)
+
+        The gradient has the units of f over those of x. At a knot where a derivative jumps it is the limit from the
+        right. Raises as :meth:`forward`, and a ``ValueError`` where there is an activation.
+        """
+        self._check_derivable(x, check)
+        both = self._by_blocks(self._value_and_gradient, x, numel=4)
+        return both[..., 0], both[..., 1:]
+
+    def gradient(self, x: Tensor, *, check: bool = True) -> Tensor:
+        """The second of :meth:`value_and_gradient`: (..., num_inputs) -> (..., num_outputs, num_inputs)."""
+        return self.value_and_gradient(x, check=check)[1]
+
+    def hessian(self, x: Tensor, *, check: bool = True) -> Tensor:
+        r"""All :math:`\partial^2 f_o / \partial x_i \partial x_k` in closed form.
+
+        (..., num_inputs) -> (..., num_outputs, num_inputs, num_inputs), symmetric in the last two.
+
+        Raises as :meth:`value_and_gradient`.
+        """
+        self._check_derivable(x, check)
+        return self._by_blocks(self._hessian, x, numel=4 * self.num_inputs)
+
+    def _check_derivable(self, x: Tensor, inside: bool) -> None:
+        if self.activation is not None:
+            raise ValueError("derivatives in closed form need activation=None; differentiate this network by autograd.")
+        check_points(x, self.splines, self.factors.dtype, inside=inside)
+
+    def _value_and_gradient(self, x: Tensor) -> Tensor:
+        psi, slope = (self.subatoms(x, order, check=False) for order in (0, 1))
+        others = products_of_others(psi)
+        terms = torch.cat([psi[:1] * others[:1], slope * others])  # (1 + num_inputs, points, num_outputs or 1, rank)
+        return self._sum(terms).movedim(0, -1)
+
+    def _hessian(self, x: Tensor) -> Tensor:
+        psi, slope, bend = (self.subatoms(x, order, check=False) for order in (0, 1, 2))
+        same = torch.eye(self.num_inputs, dtype=torch.bool, device=x.device)[(..., *(None,) * (psi.ndim - 1))]
+        # Row i: the sub-atoms of the derivative in x_i, to be differentiated in x_k.
+        first, second = torch.where(same, slope, psi), torch.where(same, bend, slope)
+        return self._sum(second * products_of_others(first, dim=1)).movedim((0, 1), (-2, -1))
 
     def subatoms(self, x: Tensor, derivative: int = 0, *, check: bool = True) -> Tensor:
         r"""The functions of one input, :math:`\psi_i^{(oj)}(x_i)`, or their derivatives of one order in x_i.
@@ -176,6 +233,15 @@ def pairwise_product(factors: Tensor) -> Tensor:
         left_over += odd.unbind()
         factors = left * right
     return reduce(torch.mul, left_over, factors.squeeze(0))
+
+
+def products_of_others(factors: Tensor, dim: int = 0) -> Tensor:
+    """For each entry along ``dim`` the product of all others, exact where some are zero: the shape of ``factors``."""
+    one = torch.ones_like(factors.narrow(dim, 0, 1))
+    n = factors.shape[dim] - 1
+    before = torch.cat([one, factors.narrow(dim, 0, n).cumprod(dim)], dim)
+    behind = torch.cat([one, factors.narrow(dim, 1, n).flip(dim).cumprod(dim)], dim).flip(dim)
+    return before * behind
 
 
 def _one_each(name: str, value: float | Sequence[float], num_inputs: int) -> tuple[float, ...]:

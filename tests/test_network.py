@@ -286,3 +286,36 @@ def test_blocks_of_points_change_neither_values_nor_gradients_nor_errors(monkeyp
     with pytest.raises(ValueError, match=r"x\[4, 2, 1\] = 1.5 lies outside input 1's interval"):
         network(outside)
     assert network(x[:0]).shape == (0, 7, 2)
+
+
+@pytest.mark.parametrize("options", [v for k, v in VARIANTS.items() if k != "activation"])
+@pytest.mark.parametrize("degree", [1, 3])
+def test_derivatives_in_closed_form_equal_autograd(options, degree):
+    net = network(**options, degree=degree)
+    with torch.no_grad():
+        net.factors[1, ..., 0] = 0.0  # a component that is zero everywhere
+    x = points(net, 4, 3)
+    inside = x[1:3].reshape(-1, 3)
+    jacobian = torch.stack([torch.autograd.functional.jacobian(net, point) for point in inside])
+    values, gradient = net.value_and_gradient(inside)
+    torch.testing.assert_close(values, net(inside))
+    torch.testing.assert_close(gradient, jacobian)
+    for o in range(net.num_outputs):
+        expected = torch.stack([torch.autograd.functional.hessian(lambda p, o=o: net(p)[o], p) for p in inside])
+        torch.testing.assert_close(net.hessian(inside)[:, o], expected)
+    assert net.gradient(x).shape == (4, 3, net.num_outputs, 3)
+    assert net.hessian(x).shape == (4, 3, net.num_outputs, 3, 3)
+
+
+def test_derivatives_by_blocks_equal_those_at_once(monkeypatch):
+    net = network(num_outputs=2)
+    x = points(net, 50)
+    expected = net.gradient(x), net.hessian(x)
+    monkeypatch.setattr("sna_core.network.BLOCK_NUMEL", 300)
+    torch.testing.assert_close((net.gradient(x), net.hessian(x)), expected)
+
+
+def test_derivatives_behind_an_activation_are_refused():
+    net = network(activation="tanh")
+    with pytest.raises(ValueError, match="activation=None"):
+        net.gradient(points(net, 2))
