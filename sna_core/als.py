@@ -8,11 +8,12 @@ Minimised for each output is
 
 with u the input scaled to [0, 1], :math:`W = \sum_p w_p`, the ridge :math:`\lambda` and the smoothness
 :math:`\theta`. The norm is that of f, not of its factors: it does not depend on how a component's size is shared among
-its inputs; a constant along an input costs least, an interaction of several inputs more than the effect of one. With
-all factors but those of one input held, f is linear in these, and their normal equations are solved exactly: the
-objective does not rise.
-Alternation is slow along valleys in which all factors change at once; small networks end with damped Gauss-Newton steps
-in all of them.
+its inputs; a constant along an input costs least, an interaction of several inputs more than the effect of one. A small
+share of the norms of the components themselves comes on top, so that none grow large to cancel each other.
+
+With all factors but those of one input held, f is linear in these, and their normal equations are solved exactly: the
+objective does not rise. Alternation is slow along valleys in which all factors change at once; small networks end with
+damped Gauss-Newton steps in all of them.
 """
 
 from __future__ import annotations

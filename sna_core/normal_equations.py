@@ -17,7 +17,7 @@ from sna_core.bspline import UniformBSpline
 from sna_core.local_sum import check_points, local_sum
 from sna_core.network import pairwise_product, products_of_others
 
-DAMPING = 1e-5  # what a component pays for its own norm, beside that of f: components that cancel each other stay small
+DAMPING = 1e-2  # what a component pays for its own norm, beside that of f: components that cancel each other stay small
 
 
 def smoothness_matrix(spline: UniformBSpline, smoothness: float) -> Tensor:
