@@ -13,18 +13,19 @@ share of the norms of the components themselves comes on top, so that none grow 
 
 With all factors but those of one input held, f is linear in these, and their normal equations are solved exactly: the
 objective does not rise. Alternation is slow along valleys in which all factors change at once; small networks end with
-damped Gauss-Newton steps in all of them.
+damped Gauss-Newton steps in all of them. Everything starts with few cells, and goes on with all from what these found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sna_core.banded import solve_banded
+from sna_core.bspline import UniformBSpline
 from sna_core.local_sum import local_sum
 from sna_core.network import CPNetwork
 from sna_core.normal_equations import (
@@ -40,9 +41,12 @@ from sna_core.normal_equations import (
 )
 
 RIDGES = torch.logspace(-13, 1, 57, dtype=torch.float64)  # what generalised cross-validation chooses from
-FIRST_RIDGE = 1e-3  # a strong one at first leads restarts to the same well-behaved components
+FIRST_RIDGE = 1e-6
+LEAP = 100  # at most by so much the ridge falls at once: a little at a time, Newton's steps stay few
+LOOSE = 0.1  # the tolerance while the ridge still moves
+COARSE_CELLS = 4  # to start with, where there are more than twice as many: fewer factors, and better conditioned
 CHECKPOINTS = (3, 6, 10, 15)  # sweeps after which the ridge is chosen anew and the worse half of the restarts ends
-NUM_ROUNDS = 5  # at most, of steps to convergence and a new choice of the ridge
+NUM_ROUNDS = 12  # at most, of steps to convergence and a new choice of the ridge
 INFLATION = 1.4  # of degrees of freedom in cross-validation: Kim and Gu, J. R. Statist. Soc. B 66 (2004)
 MIN_ROOM = 0.1  # share of the points that are left beyond those degrees of freedom
 NEWTON_UP_TO = 1200  # coefficients of an output; beyond, Gauss-Newton costs more than it saves
@@ -57,7 +61,8 @@ class FitResult:
     Attributes:
         converged: Whether the objective has stopped falling, or the validation error, where there is one.
         num_sweeps: Sweeps over all inputs.
-        objective: After each sweep (num_sweeps,), the mean over outputs of the best restart's.
+        objective: After each sweep (num_sweeps,), the mean over outputs of the best restart's. It may jump where the
+            ridge or the number of cells changes.
         train_rmse: Root mean squared error of each output (num_outputs,), in the units of y.
         validation_rmse: The same on the validation data, if there were any.
         ridge: :math:`\lambda` of each output.
@@ -125,37 +130,30 @@ def fit(
         raise ValueError(f"y has shape {tuple(y.shape)}; expected (points, {network.num_outputs}).")
     points = Points(network.splines, x, y, sample_weight, max_memory)
     held_out = None if validation is None else Points(network.splines, *validation, None, max_memory)
-    state = _Alternation(network, points, ridge, smoothness, num_restarts, generator)
     watch = _Watch(held_out, on_sweep)
+    coarse = points.on(_coarse(network.splines))
+    starts = _smooth_starts(coarse.splines, num_restarts, network.num_outputs, network.rank, generator)
+    state = _Alternation(coarse, smoothness, starts, FIRST_RIDGE if ridge is None else ridge)
+    finer = coarse.splines != points.splines
 
     num_trials = min(CHECKPOINTS[-1], max_sweeps)
     for sweep in range(1, num_trials + 1):
         state.sweep()
         if sweep in CHECKPOINTS or sweep == num_trials:
             if ridge is None:
-                state.choose_ridges(state.block_systems())
+                state.choose_ridges()
             state.keep(watch.errors(state), share=0.5 if sweep < num_trials else 0.0)
         watch.note(state)
-
-    newton, converged = state.size <= NEWTON_UP_TO, False
-    for _ in range(NUM_ROUNDS):
-        settled = False
-        while not settled and len(watch.history) < max_sweeps and watch.num_since_best < patience:
-            before = state.objective
-            settled = state.newton_step() if newton else state.sweep()
-            settled = settled and bool((before - state.objective <= tolerance * before).all())
-            watch.note(state)
-            watch.see(state)
-        before = state.ridges
-        if ridge is None:
-            state.choose_ridges(state.tangent_systems() if newton else state.block_systems())
-        converged = settled and bool(((state.ridges / before).log10().abs() < 0.3).all())
-        if converged or not settled:
-            break
+    converged = _follow(state, watch, ridge is None, max_sweeps // 2 if finer else max_sweeps, tolerance, patience)
+    if finer:
+        watch.forget()
+        state = state.refined(points)
+        state.sweep()
+        watch.note(state)
+        converged = _follow(state, watch, ridge is None, max_sweeps, tolerance, patience)
     if watch.best is not None:
-        converged = converged or watch.num_since_best >= patience
-        state.factors, state.ridges = watch.best, watch.ridges
-    freedom = state.degrees_of_freedom(state.tangent_systems() if newton else state.block_systems())
+        state = _Alternation(points, smoothness, watch.best, watch.ridges)
+    freedom = state.degrees_of_freedom()
     squares = points.squares(state.factors)
     network.factors.copy_(state.factors)
     return FitResult(
@@ -170,6 +168,54 @@ def fit(
     )
 
 
+def _follow(
+    state: _Alternation, watch: _Watch, chooses: bool, max_sweeps: int, tolerance: float, patience: int
+) -> bool:
+    """Steps until nothing falls any more, and a new ridge, in turn until that stays; whether it came to an end."""
+    moving = chooses
+    for _ in range(NUM_ROUNDS):
+        settled = False
+        while not settled:
+            if watch.num_since_best >= patience:
+                return True
+            if len(watch.history) >= max_sweeps:
+                return False
+            before = state.objective
+            settled = state.newton_step() if state.is_small else state.sweep()
+            fallen = before - state.objective
+            settled = settled and bool((fallen <= (LOOSE if moving else tolerance) * before).all())
+            watch.note(state)
+            watch.see(state)
+        if not moving:
+            return True
+        before = state.ridges
+        state.choose_ridges()
+        moving = bool(((state.ridges / before).log10().abs() > 0.3).any())
+    return False
+
+
+def _coarse(splines: tuple[UniformBSpline, ...]) -> tuple[UniformBSpline, ...]:
+    """The same intervals with few cells, where ``splines`` have many."""
+    many = splines[0].num_cells > 2 * COARSE_CELLS
+    return tuple(replace(spline, num_cells=COARSE_CELLS) for spline in splines) if many else splines
+
+
+def _smooth_starts(
+    splines: tuple[UniformBSpline, ...],
+    num_restarts: int,
+    num_outputs: int,
+    rank: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Factors of random half waves of low frequency: rough ones would multiply to noise."""
+    position = torch.linspace(0, 1, splines[0].num_basis, dtype=torch.float64).unsqueeze(-1)
+    amplitudes = torch.tensor([1.0, 1.0, 0.5, 0.25], dtype=torch.float64)
+    waves = (torch.pi * position * torch.arange(len(amplitudes))).cos() * amplitudes
+    shape = (len(splines), len(amplitudes), num_restarts * num_outputs * rank)
+    draws = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (waves @ draws).view(len(splines), -1, num_restarts * num_outputs, rank)
+
+
 class _Watch:
     """The objective after each sweep, and the factors of the least error on the validation data."""
 
@@ -181,7 +227,11 @@ class _Watch:
 
     def errors(self, state: _Alternation) -> Tensor:
         """By which restarts are compared: (problems,)."""
-        return state.score if self.held_out is None else self.held_out.squares(state.factors)
+        return state.score if self.held_out is None else self.held_out.on(state.points.splines).squares(state.factors)
+
+    def forget(self) -> None:
+        """Of factors that are about to be refined."""
+        self.best, self.num_since_best = None, 0
 
     def note(self, state: _Alternation) -> None:
         """Keeps the objective and tells the caller."""
@@ -209,25 +259,12 @@ class _Alternation:
     Problems are restarts of all outputs, restart by restart. ``ridges``, ``objective`` and ``score`` are (problems,).
     """
 
-    def __init__(
-        self,
-        network: CPNetwork,
-        points: Points,
-        ridge: float | None,
-        smoothness: float,
-        num_restarts: int,
-        generator: torch.Generator | None,
-    ):
-        self.splines, self.points = network.splines, points
-        self.norm = smoothness_matrix(network.splines[0], smoothness)
-        num_inputs, num_basis, self.num_outputs, self.rank = network.factors.shape
-        self.size = num_inputs * num_basis * self.rank
-        shape = (num_inputs, num_basis, num_restarts, self.num_outputs, self.rank)
-        draws = torch.randn(shape, generator=generator, dtype=torch.float64)
-        factors = (1 + draws / num_inputs**0.5).flatten(2, 3)
-        factors[0] *= torch.randn(shape[2:], generator=generator, dtype=torch.float64).flatten(0, 1) / self.rank
-        ridges = torch.full((factors.shape[2],), FIRST_RIDGE if ridge is None else ridge, dtype=torch.float64)
-        self._start(factors, ridges)
+    def __init__(self, points: Points, smoothness: float, factors: Tensor, ridges: float | Tensor):
+        self.points, self.smoothness, self.num_outputs = points, smoothness, points.y.shape[1]
+        self.norm = smoothness_matrix(points.splines[0], smoothness)
+        self.rank, size = factors.shape[3], factors[:, :, 0].numel()
+        self.is_small = size <= NEWTON_UP_TO
+        self._start(factors, ridges if isinstance(ridges, Tensor) else torch.full_like(factors[0, 0, :, 0], ridges))
 
     def _start(self, factors: Tensor, ridges: Tensor) -> None:
         self.factors, self.ridges = factors, ridges
@@ -236,11 +273,19 @@ class _Alternation:
         self.damping, self.system = torch.full_like(ridges, 1e-3), None
         # A point takes its sub-atoms, their products and its rows of the design with and without weights.
         self.chunks = self.points.chunks(
-            len(ridges) * self.rank * (len(factors) + 2 * self.splines[0].degree + 6) + 4 * len(factors)
+            len(ridges) * self.rank * (len(factors) + 2 * self.points.splines[0].degree + 6) + 4 * len(factors)
         )
         self.keeps = len(self.chunks) == 1
         if self.keeps:
             self.chunks[0].kept = self.chunks[0].subatoms(factors)
+
+    def refined(self, points: Points) -> _Alternation:
+        """The nearest splines of other cells: the same functions, where the present cells are made up of those."""
+        coarse, fine = self.points.splines[0], points.splines[0]
+        x, _ = fine.quadrature(fine.degree + 1)
+        refine = torch.linalg.lstsq(fine.dense(x), coarse.dense(x), driver="gelsd").solution
+        factors = (refine @ self.factors.flatten(2)).unflatten(2, self.factors.shape[2:])
+        return _Alternation(points, self.smoothness, factors, self.ridges)
 
     def sweep(self) -> bool:
         """Solves for the factors of each input in turn, and balances those of each component. Never refused: True."""
@@ -254,8 +299,9 @@ class _Alternation:
             self.factors[i] = w.view(len(w), -1, self.rank).movedim(0, 1)
             if self.keeps:
                 column, one = self.chunks[0].x[:, i : i + 1].double(), slice(i, i + 1)
-                self.chunks[0].kept[i] = local_sum(column, self.factors[one], self.splines[one], check=False)[0]
+                self.chunks[0].kept[i] = local_sum(column, self.factors[one], self.points.splines[one], check=False)[0]
         self._balance()
+        self.score = self.objective
         return True
 
     def newton_step(self) -> bool:
@@ -297,7 +343,7 @@ class _Alternation:
     def _solve(self, gram: Tensor, penalty: Tensor, right: Tensor) -> Tensor:
         matrix = gram + self.points.weight_sum * self.ridges[:, None, None] * penalty
         _lift(matrix, 1e-14)
-        half_width = max(1, self.splines[0].degree) * self.rank
+        half_width = max(1, self.points.splines[0].degree) * self.rank
         if matrix.shape[-1] >= BAND_PAYS_FROM * half_width:
             return solve_banded(matrix, right, half_width)
         return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
@@ -305,21 +351,26 @@ class _Alternation:
     def _tangent_system(self) -> tuple[Tensor, Tensor, Tensor]:
         return *tangent_equations(self.points, self.factors), tangent_penalty(self.factors, self.norm)
 
-    def tangent_systems(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The matrix, right-hand side and penalty of f made linear in all factors."""
-        return [self._tangent_system()]
+    def _systems(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Matrix, right-hand side and penalty of f made linear in all factors, or in each input's if these are many.
 
-    def block_systems(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The same of each input's factors."""
-        for i in range(len(self.factors)):
-            yield *block_equations(self.chunks, self.factors, i), block_penalty(self.factors, self.norm, i)
+        So they are as well while there are restarts to choose from.
+        """
+        if self.is_small and len(self.ridges) == self.num_outputs:
+            yield self._tangent_system()
+        else:
+            for i in range(len(self.factors)):
+                yield *block_equations(self.chunks, self.factors, i), block_penalty(self.factors, self.norm, i)
 
-    def choose_ridges(self, systems: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
-        r"""Takes the least :math:`W \, RSS / (W - df)^2` of ``RIDGES``; RSS is the systems' mean, df their sum."""
+    def choose_ridges(self) -> None:
+        r"""Takes the least :math:`W \, RSS / (W - df)^2` of ``RIDGES``, at most a ``LEAP`` below the present ridge.
+
+        RSS is the systems' mean, df their sum.
+        """
         scales = self.points.weight_sum * RIDGES[:, None, None]  # (ridges, 1, 1)
         freedom = squares = torch.zeros(len(RIDGES), len(self.ridges), dtype=torch.float64)
         count = 0
-        for count, (values, along) in enumerate(map(_spectrum, systems), 1):  # noqa: B007
+        for count, (values, along) in enumerate(map(_spectrum, self._systems()), 1):  # noqa: B007
             freedom = freedom + (values / (values + scales)).sum(-1)
             squares = squares + self.power - (along * (values + 2 * scales) / (values + scales).square()).sum(-1)
         freedom = self._without_sizes(freedom, count)
@@ -328,12 +379,13 @@ class _Alternation:
         # Where nothing is left to judge by, the less free is the better.
         scores = torch.where(room < MIN_ROOM * self.points.weight_sum, 1e100 * (1 + freedom), scores)
         self.score, best = scores.min(0)
-        self.ridges = RIDGES[best]
+        self.ridges = torch.maximum(RIDGES[best], self.ridges / LEAP)
+        self.objective = self._objective_of(self.factors)
 
-    def degrees_of_freedom(self, systems: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    def degrees_of_freedom(self) -> Tensor:
         """The effective number of parameters at the present ridges: (problems,)."""
         scales = self.points.weight_sum * self.ridges[:, None]
-        parts = [(values / (values + scales)).sum(-1) for values, _ in map(_spectrum, systems)]
+        parts = [(values / (values + scales)).sum(-1) for values, _ in map(_spectrum, self._systems())]
         return self._without_sizes(torch.stack(parts).sum(0), len(parts))
 
     def _without_sizes(self, freedom: Tensor, num_blocks: int) -> Tensor:

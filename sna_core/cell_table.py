@@ -10,7 +10,7 @@ from sna_core.network import CPNetwork, products_of_others
 
 
 class CellTable:
-    """Every sub-atom as a polynomial on each cell, taken from a network's parameters as they are now.
+    """Every sub-atom as a polynomial on each cell, on the CPU, taken from a network's parameters as they are now.
 
     Calling it equals ``network.value_and_gradient(x, check=False)`` without autograd and with a fraction of its
     operations: one row of the table a sub-atom, and one Horner scheme for it and its derivative together. Made for
@@ -22,15 +22,15 @@ class CellTable:
     """
 
     def __init__(self, network: CPNetwork, dtype: torch.dtype = torch.float64):
-        factors, spline = network.factors.detach().to(dtype), network.splines[0]
+        factors, spline = network.factors.detach().to("cpu", dtype), network.splines[0]
         windows = factors.flatten(2).unfold(1, spline.degree + 1, 1)  # (inputs, cells, functions, degree + 1)
         to_powers = factors.new_tensor(CELL_POLYNOMIALS[spline.degree, 0])  # (power, function of the cell)
         self.table = (windows @ to_powers.mT).movedim(-1, 2).flatten(0, 1).contiguous()  # (rows, power, functions)
         self.low = factors.new_tensor(network.low).unsqueeze(-1)
         self.cells_per_unit = spline.num_cells / (factors.new_tensor(network.high).unsqueeze(-1) - self.low)
-        self.first = spline.num_cells * torch.arange(network.num_inputs, device=factors.device).unsqueeze(-1)
+        self.first = spline.num_cells * torch.arange(network.num_inputs).unsqueeze(-1)
         self.last_cell, self.shape = spline.num_cells - 1, factors.shape[2:]
-        self.weights = None if network.weights is None else network.weights.detach().to(dtype)
+        self.weights = None if network.weights is None else network.weights.detach().to("cpu", dtype)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ coefficients in the order (num_basis, rank) for one input and (num_inputs, num_b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +70,12 @@ class Points:
         self.splines, self.x, self.y, self.weight, self.max_memory = splines, x, y, weight, max_memory
         self.weight_sum = weight.double().sum().item()
         self.power = weight.double() @ y.double().square()  # (num_outputs,)
+
+    def on(self, splines: Sequence[UniformBSpline]) -> Points:
+        """The same data for other splines on the same intervals."""
+        other = copy(self)
+        other.splines = splines
+        return other
 
     def chunks(self, numel: int) -> list[Chunk]:
         """Chunks of which each point takes ``numel`` numbers in float64."""
