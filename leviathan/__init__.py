@@ -4,22 +4,33 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelF
 
 from leviathan.configuration_leviathan import LeviathanConfig
 from leviathan.generation_leviathan import ExpectationLogitsProcessor, rollout
+from leviathan.khronos import KhronosConfig, KhronosForClassification, KhronosModel
 from leviathan.modeling_leviathan import LeviathanForCausalLM, LeviathanModel, LeviathanPreTrainedModel
+from leviathan.sna import SnaConfig, SnaModel
 from leviathan.tokenization_leviathan import FieldTokenizer
 
 __version__ = "0.1.0"
 
 AutoConfig.register(LeviathanConfig.model_type, LeviathanConfig)
+AutoConfig.register(KhronosConfig.model_type, KhronosConfig)
+AutoConfig.register(SnaConfig.model_type, SnaConfig)
 AutoModel.register(LeviathanConfig, LeviathanModel)
+AutoModel.register(KhronosConfig, KhronosModel)
+AutoModel.register(SnaConfig, SnaModel)
 AutoModelForCausalLM.register(LeviathanConfig, LeviathanForCausalLM)
 AutoFeatureExtractor.register(LeviathanConfig, FieldTokenizer)
 
 __all__ = [
     "ExpectationLogitsProcessor",
     "FieldTokenizer",
+    "KhronosConfig",
+    "KhronosForClassification",
+    "KhronosModel",
     "LeviathanConfig",
     "LeviathanForCausalLM",
     "LeviathanModel",
     "LeviathanPreTrainedModel",
+    "SnaConfig",
+    "SnaModel",
     "rollout",
 ]

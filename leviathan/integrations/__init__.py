@@ -1,0 +1,1 @@
+"""Bridges to other libraries: each module is the only one that imports its library."""
