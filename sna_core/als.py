@@ -20,11 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
 
-from sna_core.banded import solve_banded
+from sna_core.banded import factorise, solve_banded
 from sna_core.bspline import UniformBSpline
 from sna_core.local_sum import local_sum
 from sna_core.network import CPNetwork
@@ -34,6 +35,7 @@ from sna_core.normal_equations import (
     block_penalty,
     flat,
     inner_products,
+    size_directions,
     smoothness_matrix,
     tangent_equations,
     tangent_penalty,
@@ -43,7 +45,8 @@ from sna_core.normal_equations import (
 RIDGES = torch.logspace(-13, 1, 57, dtype=torch.float64)  # what generalised cross-validation chooses from
 FIRST_RIDGE = 1e-6
 LEAP = 100  # at most by so much the ridge falls at once: a little at a time, Newton's steps stay few
-LOOSE = 0.1  # the tolerance while the ridge still moves
+LOOSE = 0.1  # the tolerance while the ridge still moves, or cells are still few
+FLOOR = 1e-11  # of the mean square of y: what falls by less in a step has settled
 COARSE_CELLS = 4  # to start with, where there are more than twice as many: fewer factors, and better conditioned
 CHECKPOINTS = (3, 6, 10, 15)  # sweeps after which the ridge is chosen anew and the worse half of the restarts ends
 NUM_ROUNDS = 12  # at most, of steps to convergence and a new choice of the ridge
@@ -114,20 +117,35 @@ def fit(
         tolerance: Stops once the objective falls by less than this fraction in a sweep.
         validation: x and y of points whose error, where it is least, chooses the factors that are kept.
         patience: With validation: sweeps without a new least error after which to stop.
-        sample_weight: (points,), not negative: a weight of two is the same as the point twice.
-        max_memory: Bytes to work in, beside x and y. Where they do not hold the sub-atoms of all points, these are
-            computed anew for the factors of each input.
+        sample_weight: (points,), not negative: a weight of two is the same as the point twice. Cross-validation takes
+            their sum for the number of points, so that weights which mean something else should average one.
+        max_memory: Bytes to work in, beside x, y and the matrices of the factors, whose size does not depend on the
+            number of points. Where they do not hold the sub-atoms of all points, these are computed anew for the
+            factors of each input.
         generator: Of the starts.
         on_sweep: Called after each sweep with its number and the objective.
 
     Raises:
-        ValueError: If the network has weights or an activation, shapes do not fit, a point is outside the box, or y or
-            a weight is not finite.
+        ValueError: If the network has weights or an activation, shapes do not fit, a point is outside the box, y or a
+            weight is not finite, or an option is out of its range.
     """
     if network.weights is not None or network.activation is not None:
         raise ValueError("alternating least squares needs unit weights and no activation; train this by gradient.")
-    if y.shape[1:] != (network.num_outputs,):
-        raise ValueError(f"y has shape {tuple(y.shape)}; expected (points, {network.num_outputs}).")
+    for name, value, least in (
+        ("num_restarts", num_restarts, 1),
+        ("max_sweeps", max_sweeps, 1),
+        ("patience", patience, 1),
+        ("max_memory", max_memory, 1),
+        ("smoothness", smoothness, 0),
+        ("tolerance", tolerance, 0),
+    ):
+        if not least <= value < inf:
+            raise ValueError(f"{name} = {value!r}; expected a number of at least {least}.")
+    if ridge is not None and not 0 < ridge < inf:
+        raise ValueError(f"ridge = {ridge!r}; expected a positive number, or None to choose one.")
+    for name, values in (("y", y), ("y of the validation data", y if validation is None else validation[1])):
+        if values.shape[1:] != (network.num_outputs,):
+            raise ValueError(f"{name} has shape {tuple(values.shape)}; expected (points, {network.num_outputs}).")
     points = Points(network.splines, x, y, sample_weight, max_memory)
     held_out = None if validation is None else Points(network.splines, *validation, None, max_memory)
     watch = _Watch(held_out, on_sweep)
@@ -140,14 +158,19 @@ def fit(
     for sweep in range(1, num_trials + 1):
         state.sweep()
         if sweep in CHECKPOINTS or sweep == num_trials:
-            if ridge is None:
+            if ridge is None and sweep < max_sweeps:  # a ridge is that of the fit
                 state.choose_ridges()
             state.keep(watch.errors(state), share=0.5 if sweep < num_trials else 0.0)
         watch.note(state)
-    converged = _follow(state, watch, ridge is None, max_sweeps // 2 if finer else max_sweeps, tolerance, patience)
-    if finer:
-        watch.forget()
+    if not finer:
+        converged = _follow(state, watch, ridge is None, max_sweeps, tolerance, patience)
+    else:
+        _follow(state, watch, ridge is None, max_sweeps // 2, LOOSE, patience)
+        if watch.best is not None:
+            state = _Alternation(coarse, smoothness, watch.best, watch.ridges)
         state = state.refined(points)
+        watch.forget()
+        watch.see(state)
         state.sweep()
         watch.note(state)
         converged = _follow(state, watch, ridge is None, max_sweeps, tolerance, patience)
@@ -183,11 +206,14 @@ def _follow(
             before = state.objective
             settled = state.newton_step() if state.is_small else state.sweep()
             fallen = before - state.objective
-            settled = settled and bool((fallen <= (LOOSE if moving else tolerance) * before).all())
+            enough = ((LOOSE if moving else tolerance) * before).clamp(
+                min=FLOOR * state.power / state.points.weight_sum
+            )
+            settled = settled and bool((fallen <= enough).all())
             watch.note(state)
             watch.see(state)
-        if not moving:
-            return True
+        if not moving or len(watch.history) >= max_sweeps:
+            return not moving
         before = state.ridges
         state.choose_ridges()
         moving = bool(((state.ridges / before).log10().abs() > 0.3).any())
@@ -246,6 +272,7 @@ class _Watch:
         error = self.errors(state)
         if self.best is None:
             self.best, self.ridges, self.error = state.factors.clone(), state.ridges, error
+            return
         better = error < self.error
         self.num_since_best = 0 if better.any() else self.num_since_best + 1
         self.error = torch.where(better, error, self.error)
@@ -271,9 +298,10 @@ class _Alternation:
         self.power = self.points.power.repeat(len(ridges) // self.num_outputs)
         self.objective = self.score = torch.full_like(ridges, torch.inf)
         self.damping, self.system = torch.full_like(ridges, 1e-3), None
-        # A point takes its sub-atoms, their products and its rows of the design with and without weights.
+        # A point takes its sub-atoms, their products, sorted and not, and its rows of the design, three times over.
+        width = self.points.splines[0].degree + 1
         self.chunks = self.points.chunks(
-            len(ridges) * self.rank * (len(factors) + 2 * self.points.splines[0].degree + 6) + 4 * len(factors)
+            len(ridges) * self.rank * (2 * len(factors) + 3 * width + 4) + 8 * len(factors) * width
         )
         self.keeps = len(self.chunks) == 1
         if self.keeps:
@@ -315,7 +343,7 @@ class _Alternation:
         present = flat(self.factors) / len(self.factors)
         matrix = gram + self.points.weight_sum * self.ridges[:, None, None] * penalty
         extra = _lift(matrix, self.damping[:, None])  # also along sizes passed on between factors, where it is zero
-        v = torch.cholesky_solve(right + extra.unsqueeze(-1) * present, torch.linalg.cholesky(matrix))
+        v = torch.cholesky_solve(right + extra.unsqueeze(-1) * present, factorise(matrix))
         factors = self.factors + unflat(v - present, self.factors)
         objective = self._objective_of(factors)
         taken = objective < self.objective
@@ -343,13 +371,19 @@ class _Alternation:
     def _solve(self, gram: Tensor, penalty: Tensor, right: Tensor) -> Tensor:
         matrix = gram + self.points.weight_sum * self.ridges[:, None, None] * penalty
         _lift(matrix, 1e-14)
-        half_width = max(1, self.points.splines[0].degree) * self.rank
-        if matrix.shape[-1] >= BAND_PAYS_FROM * half_width:
-            return solve_banded(matrix, right, half_width)
-        return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
+        block_size = (self.points.splines[0].degree + 1) * self.rank
+        if matrix.shape[-1] >= BAND_PAYS_FROM * block_size:
+            try:
+                return solve_banded(matrix, right, block_size)
+            except torch.linalg.LinAlgError:
+                pass  # a lift of the whole is less than one of a block
+        return torch.cholesky_solve(right, factorise(matrix))
 
     def _tangent_system(self) -> tuple[Tensor, Tensor, Tensor]:
-        return *tangent_equations(self.points, self.factors), tangent_penalty(self.factors, self.norm)
+        penalty, sizes = tangent_penalty(self.factors, self.norm), size_directions(self.factors)
+        # Along the sizes all is zero: with a penalty there, they are no degrees of freedom.
+        penalty += penalty.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * (sizes @ sizes.mT)
+        return *tangent_equations(self.points, self.factors), penalty
 
     def _systems(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Matrix, right-hand side and penalty of f made linear in all factors, or in each input's if these are many.
@@ -390,7 +424,7 @@ class _Alternation:
 
     def _without_sizes(self, freedom: Tensor, num_blocks: int) -> Tensor:
         """Sizes that a component's factors pass on to each other are counted once."""
-        return (freedom - (num_blocks - 1) * self.rank).clamp(min=0)
+        return (freedom - (num_blocks - 1) * self.rank).clamp(0, len(self.points.x))
 
     def keep(self, errors: Tensor, share: float) -> None:
         """Goes on with a share of the restarts of each output, those of the least errors, and at least one."""
@@ -408,7 +442,7 @@ def _spectrum(system: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Eigenvalues of the normal equations in the penalty's norm, and squares of the right-hand side along them."""
     gram, right, penalty = system
     _lift(penalty, 1e-10)
-    factor = torch.linalg.cholesky(penalty)
+    factor = factorise(penalty)
     half = torch.linalg.solve_triangular(factor, gram, upper=False)
     values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.mT, upper=False))
     along = vectors.mT @ torch.linalg.solve_triangular(factor, right, upper=False)

@@ -38,7 +38,7 @@ def smoothness_matrix(spline: UniformBSpline, smoothness: float) -> Tensor:
 
 
 class Points:
-    """Data that is read in chunks, so that what is computed of them fits into ``max_memory`` bytes.
+    """Data on the CPU that are read in chunks, so that what is computed of them fits into ``max_memory`` bytes.
 
     Args:
         splines: One for each input.
@@ -57,6 +57,8 @@ class Points:
                 f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; expected (points, {len(splines)}) and "
                 "(points, num_outputs), at least one point."
             )
+        if not x.is_floating_point() or not y.is_floating_point():
+            raise ValueError(f"x is {x.dtype} and y is {y.dtype}; expected floating-point values.")
         check_points(x, splines, x.dtype)
         if not (finite := y.isfinite()).all():
             index = (~finite).nonzero()[0].tolist()
@@ -67,9 +69,10 @@ class Points:
             weight = x.new_ones(1).expand(len(x))
         elif weight.shape != x.shape[:1] or not (weight >= 0).all() or not 0 < weight.sum() < torch.inf:
             raise ValueError(f"sample_weight: expected {len(x)} finite values of at least 0, not all of them 0.")
-        self.splines, self.x, self.y, self.weight, self.max_memory = splines, x, y, weight, max_memory
-        self.weight_sum = weight.double().sum().item()
-        self.power = weight.double() @ y.double().square()  # (num_outputs,)
+        self.splines, self.max_memory = splines, max_memory
+        self.x, self.y, self.weight = (t.detach().cpu() for t in (x, y, weight))
+        self.weight_sum = self.weight.double().sum().item()
+        self.power = self.weight.double() @ self.y.double().square()  # (num_outputs,)
 
     def on(self, splines: Sequence[UniformBSpline]) -> Points:
         """The same data for other splines on the same intervals."""
@@ -86,7 +89,7 @@ class Points:
     def squares(self, factors: Tensor) -> Tensor:
         """Weighted sums of squared residuals (problems,)."""
         total = factors.new_zeros(factors.shape[2])
-        for chunk in self.chunks(2 * factors[:, 0].numel()):
+        for chunk in self.chunks(4 * factors[:, 0].numel()):
             values = pairwise_product(chunk.subatoms(factors)).sum(-1)
             total += chunk.weight.double() @ (values - chunk.targets(factors).mT).square()
         return total
@@ -158,7 +161,7 @@ def tangent_equations(points: Points, factors: Tensor) -> tuple[Tensor, Tensor]:
     d, n, problems, r = factors.shape
     size = d * n * r
     gram, right = factors.new_zeros(problems, size, size), factors.new_zeros(problems, size, 1)
-    for chunk in points.chunks(2 * problems * size):
+    for chunk in points.chunks(4 * problems * size):
         jacobian = tangent(chunk, factors)
         weighted = (jacobian * chunk.weight.double().unsqueeze(-1)).mT
         gram += weighted @ jacobian
@@ -217,3 +220,19 @@ def unflat(columns: Tensor, factors: Tensor) -> Tensor:
     """The inverse of :func:`flat`, in the shape of ``factors``."""
     d, n, problems, r = factors.shape
     return columns.view(problems, d, n, r).permute(1, 2, 0, 3)
+
+
+def size_directions(factors: Tensor) -> Tensor:
+    """Orthonormal directions in which one factor of a component grows as another shrinks, and f stays as it is.
+
+    (problems, num_inputs * num_basis * rank, (num_inputs - 1) * rank); zero for components that are zero.
+    """
+    num_inputs, _, problems, rank = factors.shape
+    by_input = factors.permute(2, 0, 1, 3)  # (problems, num_inputs, num_basis, rank)
+    # Column (k, r): the factors of component r along input k.
+    columns = torch.einsum("bins,ik,sr->binskr", by_input, torch.eye(num_inputs).double(), torch.eye(rank).double())
+    differences = columns[..., :-1, :] - columns[..., -1:, :]
+    columns = differences.reshape(problems, num_inputs * factors.shape[1] * rank, (num_inputs - 1) * rank)
+    lengths = columns.norm(dim=1, keepdim=True)
+    left, values, _ = torch.linalg.svd(columns / torch.where(lengths > 0, lengths, 1.0), full_matrices=False)
+    return left * (values > 1e-8).unsqueeze(1)

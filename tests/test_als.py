@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sna_core.als import fit
-from sna_core.banded import solve_banded
+from sna_core.als import _Alternation, fit
+from sna_core.banded import factorise, solve_banded
 from sna_core.cell_table import CellTable
 from sna_core.laplace import laplace_factor, relative_std
 from sna_core.network import CPNetwork
@@ -120,12 +120,66 @@ def test_the_smoothness_matrix_is_the_integral():
 
 
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 2**31))
-def test_banded_solve_equals_the_dense_one(size, half_width, seed):
+def test_banded_solve_equals_the_dense_one(size, block_size, seed):
     lower = torch.randn(2, size, size, dtype=torch.float64, generator=generator(seed)).tril()
-    lower = lower - lower.tril(-half_width - 1) + 3 * torch.eye(size)
+    row_block = torch.arange(size) // block_size
+    lower = torch.where(row_block[:, None] - row_block <= 1, lower, 0.0) + 3 * torch.eye(size)
+    lower = torch.where(row_block[:, None] == row_block, lower, lower * (row_block[:, None] - row_block == 1))
     matrix = lower @ lower.mT
     right = torch.randn(2, size, 3, dtype=torch.float64, generator=generator(seed))
-    torch.testing.assert_close(solve_banded(matrix, right, half_width), torch.linalg.solve(matrix, right))
+    torch.testing.assert_close(solve_banded(matrix, right, block_size), torch.linalg.solve(matrix, right))
+
+
+def test_matrices_that_rounding_left_indefinite_are_factorised():
+    vectors = torch.linalg.qr(torch.randn(2, 8, 8, dtype=torch.float64))[0]
+    values = torch.logspace(-20, 0, 8, dtype=torch.float64)
+    matrices = vectors @ (values.unsqueeze(-1) * vectors.mT)
+    lower = factorise(matrices)
+    torch.testing.assert_close(lower @ lower.mT, matrices, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="ill-conditioned"):
+        factorise(-matrices)
+
+
+@pytest.mark.parametrize(("degree", "num_cells", "smoothness"), [(3, 100, 0.1), (2, 64, 10.0), (5, 64, 1.0)])
+def test_many_cells_and_a_strong_penalty_are_solved(degree, num_cells, smoothness):
+    net = network(degree=degree, num_cells=num_cells)
+    x, y = data(net, 80)
+    fit(net, x, y, smoothness=smoothness, generator=generator(), num_restarts=2, max_sweeps=18)
+    assert net(x).isfinite().all()
+
+
+def test_the_fit_is_at_its_minimum():
+    """More steps at the ridge that is reported change little, and so the ridge is that of the factors."""
+    for seed in range(5):
+        net = network(4, rank=2, num_cells=3)
+        x, _ = data(net, 60)
+        y = standardised((3 * x[:, :1]).sin() + torch.randn(60, 1, dtype=torch.float64))
+        result = fit(net, x, y, generator=generator(seed))
+        assert result.converged
+        again = _Alternation(Points(net.splines, x, y, None, 2**28), 0.1, net.factors.detach(), result.ridge)
+        before = again._objective_of(again.factors)
+        for _ in range(20):
+            again.sweep()
+        assert again.objective > 0.98 * before
+
+
+def test_restarts_are_compared_at_a_given_ridge():
+    net = network(rank=2)
+    x, _ = data(net, 200)
+    y = standardised((5 * x[:, :1] * x[:, 1:2]).sin() + x[:, 2:] ** 2)
+    errors = [
+        fit(network(rank=2), x, y, ridge=1e-6, num_restarts=n, generator=generator(3), max_sweeps=15).objective[-1]
+        for n in (1, 16)
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_degrees_of_freedom_are_at_most_those_of_the_class():
+    net = network(rank=2, num_cells=2)
+    x, y = data(net, 300)
+    result = fit(net, x, y, ridge=1e-13, generator=generator())
+    parameters = net.factors.numel() - (net.num_inputs - 1) * net.rank  # the sizes are shared
+    assert parameters - 1e-2 < result.degrees_of_freedom.item() < parameters + 1e-2
 
 
 @pytest.mark.parametrize("num_cells", [2, 30])  # solved whole, and by the band
@@ -233,6 +287,11 @@ def test_float32_factors_are_fitted_in_float64():
         ({"x": torch.full((10, 3), torch.nan, dtype=torch.float64)}, "not a number"),
         ({"sample_weight": -torch.ones(10)}, "at least 0"),
         ({"sample_weight": torch.zeros(10)}, "not all of them 0"),
+        ({"x": torch.zeros(10, 3, dtype=torch.long)}, "floating-point"),
+        ({"validation": (torch.rand(4, 3, dtype=torch.float64), torch.zeros(4, 2))}, "validation data has shape"),
+        ({"ridge": 0.0}, "expected a positive number"),
+        ({"max_sweeps": 0}, "max_sweeps = 0; expected a number of at least 1"),
+        ({"smoothness": -1.0}, "smoothness = -1.0"),
         ({"x": torch.rand(0, 3, dtype=torch.float64), "y": torch.zeros(0, 1)}, "at least one point"),
     ],
 )
@@ -281,6 +340,16 @@ def test_the_covariance_is_that_of_linear_regression():
     rows = net.splines[0].dense(fresh[:, 0])
     expected = ((rows @ covariance) * rows).sum(-1, keepdim=True).sqrt()
     torch.testing.assert_close(relative_std(net, factor, fresh), expected, rtol=1e-6, atol=0)
+
+
+def test_a_function_that_is_zero_has_no_uncertainty():
+    net = network(num_outputs=2)
+    x, y = data(net)
+    y[:, 0] = 0
+    result = fit(net, x, y, generator=generator())
+    std = relative_std(net, laplace_factor(net, x, result.ridge, 0.1), x)
+    assert (std[:, 0] == 0).all()
+    assert (std[:, 1] > 0).all()
 
 
 def test_sizes_passed_on_between_factors_do_not_count_as_uncertain():
