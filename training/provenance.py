@@ -15,7 +15,10 @@ from typing import Any
 import psutil
 import torch
 
-PACKAGES = ("leviathan-sna", "torch", "transformers", "accelerate", "datasets", "numpy")
+PACKAGES = (
+    *("leviathan-sna", "torch", "transformers", "accelerate", "datasets", "numpy"),
+    *("scikit-learn", "xgboost-cpu", "pykan", "pyinn", "scikit-fem", "PyWavelets"),
+)
 
 
 def provenance(seed: int | list[int] | None = None) -> dict[str, Any]:
