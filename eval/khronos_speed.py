@@ -12,6 +12,7 @@ from leviathan.khronos import KhronosConfig, KhronosModel
 from training.khronos import train
 
 SHARES_OF_LIMIT = (1 / 16, 1 / 4, 1)  # lengths of the cosine: one that is too long reaches an error late
+LIMIT = 25  # times the time of least squares: what a longest trial gets
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,13 @@ def als_against_gradient(
     degree: int = 3,
     batch_sizes: Sequence[int] = (128, 512),
     learning_rates: Sequence[float] = (0.03, 0.1, 0.3),
-    time_limit: float = 60.0,
+    time_limit: float | None = None,
     seed: int = 0,
 ) -> AlsAgainstGradient:
     """Fits :func:`separable_waves` by alternating least squares, then trains to the same error by gradient.
 
-    Every batch size is tried with every learning rate, at first with short schedules; longer ones are tried only while
-    none has reached the error. The error on all points is looked at after each epoch, in time that does not count.
+    Every batch size is tried with every learning rate, at first with short schedules. While none has reached the error,
+    the better third of them is tried with longer ones. The error on all points is looked at after each epoch, in time that does not count.
 
     Args:
         num_points: Number of points.
@@ -113,7 +114,7 @@ def als_against_gradient(
         degree: Of the model.
         batch_sizes: To try.
         learning_rates: To try.
-        time_limit: Seconds of a longest trial.
+        time_limit: Seconds of a longest trial; None gives it ``LIMIT`` times what least squares took.
         seed: Of the points, the function and all starts.
     """
     x, y = separable_waves(num_points, num_inputs, target_rank, torch.Generator().manual_seed(seed))
@@ -135,10 +136,12 @@ def als_against_gradient(
     fit = model.fit(x, y, seed=seed)
     als_seconds, target = time.perf_counter() - started, squared_error(model)
 
+    time_limit = LIMIT * als_seconds if time_limit is None else time_limit
     trials: list[GradientTrial] = []
     pairs = [(size, rate) for size in batch_sizes for rate in learning_rates]
-    bar = tqdm(total=len(SHARES_OF_LIMIT) * len(pairs), desc="gradient training", unit=" trials", disable=None)
+    bar = tqdm(desc="gradient training", unit=" trials", disable=None)
     for share in SHARES_OF_LIMIT:
+        errors = []
         for batch_size, rate in pairs:
             options = {"batch_size": batch_size, "learning_rate": rate, "seed": seed, "progress": False}
             of_an_epoch = train(new_model(), x, y, num_epochs=2, **options).seconds / 2
@@ -146,10 +149,12 @@ def als_against_gradient(
             model = new_model()
             result = train(model, x, y, num_epochs=num_epochs, target_loss=target, **options)
             error = squared_error(model) ** 0.5
+            errors.append(error)
             trials.append(GradientTrial(batch_size, rate, num_epochs, result.seconds, error, result.converged))
             bar.update()
         if any(trial.reached for trial in trials):
             break
+        pairs = [pair for _, pair in sorted(zip(errors, pairs, strict=True))[: max(1, len(pairs) // 3)]]
     bar.close()
     return AlsAgainstGradient(
         num_points=num_points,

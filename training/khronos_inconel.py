@@ -86,7 +86,7 @@ class Property:
 PROPERTIES = (
     Property("yield_stress", "MPa", 240, 0.76, 47),
     Property("uts", "MPa", 108, 0.70, 64),
-    Property("modulus", "GPa", 108),
+    Property("modulus", "GPa", 108, 0.14),
 )
 
 
