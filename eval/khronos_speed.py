@@ -103,7 +103,8 @@ def als_against_gradient(
     """Fits :func:`separable_waves` by alternating least squares, then trains to the same error by gradient.
 
     Every batch size is tried with every learning rate, at first with short schedules. While none has reached the error,
-    the better third of them is tried with longer ones. The error on all points is looked at after each epoch, in time that does not count.
+    the better third of them is tried with longer ones. The error on all points is looked at after each epoch, in time
+    that does not count.
 
     Args:
         num_points: Number of points.
