@@ -26,8 +26,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from sna_core.interaction import InteractionObject
+from sna_core.network import one_each
 from sna_core.separable import SeparableNetwork, SubsetAtoms
-from sna_core.spectral import Basis, MLPAtoms, make_basis
+from sna_core.spectral import MLPAtoms, make_basis
 
 
 @strict
@@ -54,8 +55,8 @@ class SnaConfig(PreTrainedConfig):
         activation: A name in ``sna_core.network.ACTIVATIONS``, or None.
 
     Raises:
-        ValueError: If the subsets and their coefficients are no interaction object of that order, or the bases' sizes
-            or intervals do not fit.
+        ValueError: If the subsets and their coefficients are no interaction object of that order, the bases' sizes or
+            intervals do not fit, or the network refuses a count, the activation or the size of a Tucker core.
 
     ```python
     >>> from leviathan.sna import SnaConfig, SnaModel
@@ -106,8 +107,8 @@ class SnaConfig(PreTrainedConfig):
                 f"interaction_order = {self.interaction_order}, but the largest subset has {order} inputs; give one of "
                 "interaction_order and subsets."
             )
-        with torch.device("meta"):  # a learned basis would draw its first values
-            self.build_bases()
+        with torch.device("meta"):  # neither takes memory nor draws numbers
+            self.build_network()
 
     @property
     def interaction(self) -> InteractionObject:
@@ -122,22 +123,19 @@ class SnaConfig(PreTrainedConfig):
             )
         return InteractionObject(self.num_inputs, zip(map(tuple, self.subsets), self.coefficients, strict=True))
 
-    def build_bases(self) -> list[Basis]:
-        """The basis of each input.
-
-        Raises:
-            ValueError: If a size belongs to another kind of basis, or an interval is missing or empty.
-        """
+    def build_network(self) -> SeparableNetwork:
+        """The network that this describes, with parameters drawn anew; a ``ValueError`` where it is none."""
         sizes = {"num_cells": self.num_cells, "degree": self.degree, "num_basis": self.num_basis}
-        ends = []
-        for name in ("input_low", "input_high"):
-            value = getattr(self, name)
-            ends.append(value if isinstance(value, list) else [value] * self.num_inputs)
-            if len(ends[-1]) != self.num_inputs:
-                raise ValueError(
-                    f"{name} has {len(value)} values for {self.num_inputs} inputs; give one number or one for each."
-                )
-        return [make_basis(self.basis, low, high, **sizes) for low, high in zip(*ends, strict=True)]
+        ends = (one_each(name, getattr(self, name), self.num_inputs) for name in ("input_low", "input_high"))
+        return SeparableNetwork(
+            self.interaction,
+            [make_basis(self.basis, low, high, **sizes) for low, high in zip(*ends, strict=True)],
+            self.num_outputs,
+            rank=self.rank,
+            decomposition=self.decomposition,
+            learn_coefficients=self.learn_coefficients,
+            activation=self.activation,
+        )
 
 
 @dataclass
@@ -163,15 +161,7 @@ class SnaModel(PreTrainedModel):
 
     def __init__(self, config: SnaConfig):
         super().__init__(config)
-        self.network = SeparableNetwork(
-            config.interaction,
-            config.build_bases(),
-            config.num_outputs,
-            rank=config.rank,
-            decomposition=config.decomposition,
-            learn_coefficients=config.learn_coefficients,
-            activation=config.activation,
-        )
+        self.network = config.build_network()
         self.post_init()
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sna_core.bspline import CELL_POLYNOMIALS
+from sna_core.bspline import CELL_POLYNOMIALS, local_bspline
 from sna_core.network import CPNetwork, products_of_others
 
 
@@ -19,24 +19,32 @@ class CellTable:
     Args:
         network: Without activation.
         dtype: Of the table.
+
+    Raises:
+        ValueError: If the network has an activation.
     """
 
     def __init__(self, network: CPNetwork, dtype: torch.dtype = torch.float64):
+        network.check_derivable()
         factors, spline = network.factors.detach().to("cpu", dtype), network.splines[0]
         windows = factors.flatten(2).unfold(1, spline.degree + 1, 1)  # (inputs, cells, functions, degree + 1)
         to_powers = factors.new_tensor(CELL_POLYNOMIALS[spline.degree, 0])  # (power, function of the cell)
         self.table = (windows @ to_powers.mT).movedim(-1, 2).flatten(0, 1).contiguous()  # (rows, power, functions)
         self.low = factors.new_tensor(network.low).unsqueeze(-1)
-        self.cells_per_unit = spline.num_cells / (factors.new_tensor(network.high).unsqueeze(-1) - self.low)
+        self.width = factors.new_tensor(network.high).unsqueeze(-1) - self.low
+        self.cells_per_unit = spline.num_cells / self.width
         self.first = spline.num_cells * torch.arange(network.num_inputs).unsqueeze(-1)
-        self.last_cell, self.shape = spline.num_cells - 1, factors.shape[2:]
+        self.num_cells, self.degree, self.shape = spline.num_cells, spline.degree, factors.shape[2:]
         self.weights = None if network.weights is None else network.weights.detach().to("cpu", dtype)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(points, num_inputs) -> (points, num_outputs) and (points, num_outputs, num_inputs)."""
         position = (x.mT - self.low) * self.cells_per_unit  # (inputs, points)
-        cell = position.long().clamp_(0, self.last_cell)
+        if self.degree < 2:  # a value or a slope jumps at knots: rounding must not choose the cell
+            cell, _ = local_bspline(x.mT, self.low, self.width, self.num_cells, self.degree, self.degree)
+        else:
+            cell = position.long().clamp_(0, self.num_cells - 1)
         u = (position - cell).unsqueeze(-1)
         rows = self.table.index_select(0, (cell + self.first).flatten())
         *lower, psi = rows.view(*cell.shape, *rows.shape[1:]).unbind(2)  # each (inputs, points, functions)

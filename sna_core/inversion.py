@@ -95,14 +95,14 @@ def invert(
         low: Lower ends of the box, (num_inputs,).
         high: Upper ends, likewise.
         target: One number for each output, in its units; NaN leaves the output free.
-        num_starts: Starts, from a scrambled Sobol sequence in the box.
+        num_starts: Starts, from a scrambled Sobol sequence in the box. Not used where ``starts`` are given.
         tolerance: Largest residual of a solution, as a fraction of ``scale``.
         max_iterations: At most so many Newton steps, and with a prior as many steps along the solution set.
         scale: Unit of the residuals, one for each output or for all; None takes the range of each output over a few
-            points of the box.
+            points of the box where it is finite, or 1 for a constant one.
         fixed: Inputs to hold, as {index: value}.
         prior: Density to maximise over the solutions.
-        starts: Points of the box to start from, (num_starts, num_inputs), in place of the Sobol sequence.
+        starts: Points of the box to start from, (starts, num_inputs), in place of the Sobol sequence.
         generator: Draws the scrambling of the sequence, which is otherwise always the same.
 
     Raises:
@@ -196,12 +196,13 @@ def _is_new(x: Tensor) -> Tensor:
 
 
 def _farthest_points(x: Tensor, num_points: int) -> Tensor:
-    """Indices of at most ``num_points`` different points of x (points, inputs), each the farthest from the others."""
+    """Indices of at most ``num_points`` distinct points of x (points, inputs), each the farthest from the others."""
     if not len(x):
         return torch.zeros(0, dtype=torch.long)
     taken = [0]
     squares = (x - x[0]).square().sum(-1)
-    while len(taken) < num_points and squares.max() > 0:
+    smallest = x.shape[-1] * DISTINCT**2  # from here on points differ by DISTINCT in at least one input
+    while len(taken) < num_points and squares.max() >= smallest:
         taken.append(int(squares.argmax()))
         squares = torch.minimum(squares, (x - x[taken[-1]]).square().sum(-1))
     return torch.tensor(taken)

@@ -77,19 +77,15 @@ class CPNetwork(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, count in (("num_inputs", num_inputs), ("num_outputs", num_outputs), ("rank", rank)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} = {count!r}; expected an integer of at least 1.")
+        check_counts(num_inputs=num_inputs, num_outputs=num_outputs, rank=rank)
         if shared_components and unit_weights and num_outputs > 1:
             raise ValueError(
                 f"shared components with unit weights make all {num_outputs} outputs equal; set one of them to False."
             )
-        if isinstance(activation, str) and activation not in ACTIVATIONS:
-            raise ValueError(f"activation = {activation!r}; expected None, a callable or one of {sorted(ACTIVATIONS)}.")
         self.num_inputs, self.num_outputs, self.rank = num_inputs, num_outputs, rank
-        self.low, self.high = _one_each("low", low, num_inputs), _one_each("high", high, num_inputs)
+        self.low, self.high = one_each("low", low, num_inputs), one_each("high", high, num_inputs)
         self.splines = tuple(UniformBSpline(num_cells, degree, *ends) for ends in zip(self.low, self.high, strict=True))
-        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.activation = activation_function(activation)
 
         num_basis, num_functions = self.splines[0].num_basis, 1 if shared_components else num_outputs
         self.factors = nn.Parameter(torch.empty(num_inputs, num_basis, num_functions, rank, device=device, dtype=dtype))
@@ -119,21 +115,11 @@ class CPNetwork(nn.Module):
             ValueError: If a point is NaN or outside its interval, or x has another width or dtype than the network.
         """
         check_points(x, self.splines, self.factors.dtype, inside=check)
-        return self._by_blocks(self._evaluate, x)
+        return by_blocks(self._evaluate, x, self._num_subatoms)
 
-    def _by_blocks(self, function: Callable[[Tensor], Tensor], x: Tensor, numel: int = 1) -> Tensor:
-        """A function of points (points, num_inputs) for x (..., num_inputs), on a CPU in parts that stay in its cache.
-
-        ``numel`` counts the function's values for each of a point's sub-atoms.
-        """
-        points = x.reshape(-1, self.num_inputs)
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
-            values = function(points)
-        else:
-            size = max(1, BLOCK_NUMEL // (numel * self.factors[:, 0].numel()))
-            parts = [function(part) for part in points.split(size)]
-            values = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return values.view(*x.shape[:-1], *values.shape[1:])
+    @property
+    def _num_subatoms(self) -> int:
+        return self.factors.numel() // self.factors.shape[1]
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """Values at points (points, num_inputs) that are known to lie inside: (points, num_outputs)."""
@@ -158,8 +144,9 @@ class CPNetwork(nn.Module):
         The gradient has the units of f over those of x. At a knot where a derivative jumps it is the limit from the
         right. Raises as :meth:`forward`, and a ``ValueError`` where there is an activation.
         """
-        self._check_derivable(x, check)
-        both = self._by_blocks(self._value_and_gradient, x, numel=4)
+        self.check_derivable()
+        check_points(x, self.splines, self.factors.dtype, inside=check)
+        both = by_blocks(self._value_and_gradient, x, 4 * self._num_subatoms)
         return both[..., 0], both[..., 1:]
 
     def gradient(self, x: Tensor, *, check: bool = True) -> Tensor:
@@ -173,13 +160,14 @@ class CPNetwork(nn.Module):
 
         Raises as :meth:`value_and_gradient`.
         """
-        self._check_derivable(x, check)
-        return self._by_blocks(self._hessian, x, numel=4 * self.num_inputs)
+        self.check_derivable()
+        check_points(x, self.splines, self.factors.dtype, inside=check)
+        return by_blocks(self._hessian, x, 4 * self.num_inputs * self._num_subatoms)
 
-    def _check_derivable(self, x: Tensor, inside: bool) -> None:
+    def check_derivable(self) -> None:
+        """Raises a ``ValueError`` where an activation leaves no derivatives in closed form."""
         if self.activation is not None:
             raise ValueError("derivatives in closed form need activation=None; differentiate this network by autograd.")
-        check_points(x, self.splines, self.factors.dtype, inside=inside)
 
     def _value_and_gradient(self, x: Tensor) -> Tensor:
         psi, slope = (self.subatoms(x, order, check=False) for order in (0, 1))
@@ -244,7 +232,38 @@ def products_of_others(factors: Tensor, dim: int = 0) -> Tensor:
     return before * behind
 
 
-def _one_each(name: str, value: float | Sequence[float], num_inputs: int) -> tuple[float, ...]:
+def by_blocks(function: Callable[[Tensor], Tensor], x: Tensor, numel: int) -> Tensor:
+    """A function of points (points, num_inputs) for x (..., num_inputs), on a CPU in parts that stay in its cache.
+
+    ``numel`` counts the values that the function holds at one time for each point.
+    """
+    points = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        values = function(points)
+    else:
+        parts = [function(part) for part in points.split(max(1, BLOCK_NUMEL // numel))]
+        values = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return values.view(*x.shape[:-1], *values.shape[1:])
+
+
+def activation_function(activation: str | Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
+    """The function of this name; a ``ValueError`` where ``ACTIVATIONS`` has none."""
+    if not isinstance(activation, str):
+        return activation
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation = {activation!r}; expected None, a callable or one of {sorted(ACTIVATIONS)}.")
+    return ACTIVATIONS[activation]
+
+
+def check_counts(**counts: int) -> None:
+    """Raises a ``ValueError`` for the first that is no integer of at least 1."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} = {count!r}; expected an integer of at least 1.")
+
+
+def one_each(name: str, value: float | Sequence[float], num_inputs: int) -> tuple[float, ...]:
+    """The value of each input; a ``ValueError`` unless it is one number or one for each."""
     values = (float(value),) * num_inputs if isinstance(value, int | float) else tuple(float(v) for v in value)
     if len(values) != num_inputs:
         raise ValueError(

@@ -25,6 +25,7 @@ from torch import Tensor
 Function = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 SCALE_POINTS = 64  # points of the box whose values tell an output's range
+ROUNDING = 1e-12  # a difference that is smaller than this beside the numbers is none
 ROUND = 6  # steps in which a start has to halve its residual
 SMALLEST_DAMPING = 1e-12  # for systems whose equations depend on one another
 LONGEST_STEP = 0.5  # of a system of equations, in box widths
@@ -171,14 +172,21 @@ def pose(
     equations = Equations(function, low, high, size, len(target), outputs, target[outputs], size.new_ones(1), tolerance)
     if scale is None:
         values, _ = equations.call(equations.spread(SCALE_POINTS, None))
-        scale = values.amax(0) - values.amin(0)
-        scale = torch.where(scale > 0, scale, 1.0)  # a constant output: any unit serves
+        scale = _range(values)
     scale = torch.as_tensor(scale, dtype=torch.float64).reshape(-1)
     if len(scale) not in (1, len(target)) or not (scale.isfinite() & (scale > 0)).all():
         raise ValueError(
             f"scale = {scale.tolist()}; expected finite numbers above 0, one or one for each of {len(target)} outputs."
         )
     return replace(equations, scale=scale.expand(len(target))[outputs])
+
+
+def _range(values: Tensor) -> Tensor:
+    """What each output varies by over its finite values, 1 where that is nothing: any unit serves a constant."""
+    missing = ~values.isfinite()
+    lowest, highest = values.masked_fill(missing, inf).amin(0), values.masked_fill(missing, -inf).amax(0)
+    varies = highest - lowest > ROUNDING * torch.maximum(highest, -lowest)
+    return torch.where(varies, highest - lowest, 1.0)
 
 
 def newton(equations: Equations, batch: Batch, max_iterations: int) -> tuple[Batch, int]:

@@ -9,12 +9,11 @@ from math import inf
 import torch
 from torch import Tensor
 
-from sna_core.newton import SMALLEST_DAMPING, TINY, Batch, Equations, newton
+from sna_core.newton import ROUNDING, SMALLEST_DAMPING, TINY, Batch, Equations, newton
 
 SHORTEST_STEP = 1e-6  # in box widths: there the search along the solution set ends
 DIFFERENCE = 1e-6  # in box widths, between derivatives
 CHANGES_PER_INPUT = 3  # of the active set
-ROUNDING = 1e-12
 LARGE = 1e6  # beside the entries of a Hessian
 RETURN_STEPS = 12  # Newton steps from the tangent plane back to the set
 
@@ -66,15 +65,15 @@ def approach(
 ) -> tuple[Batch, Tensor, int]:
     """Takes every solution along the solution set to where the prior's density is largest, at least nearby.
 
-    A step in the tangent plane, back to the set by Newton's method, and a shorter step where that did not pay. Returns
-    the points, whether they have arrived, and the number of evaluations.
+    A step in the tangent plane, back to the set by Newton's method, and a shorter step where that did not pay: a point
+    has arrived where no step does. Returns the points, whether they have arrived, and the number of evaluations.
     """
     on_set = batch.norm <= equations.tolerance
     fraction = torch.ones_like(batch.norm)
     num_evaluations = 0
     for _ in range(max_iterations):
         step = _tangent_step(equations, prior, batch)
-        active = on_set & (step.abs().amax(-1) > SHORTEST_STEP)
+        active = on_set & (fraction * step.abs().amax(-1) > SHORTEST_STEP)
         if not active.any():
             break
         moved = equations.move(batch.x, step * (fraction * active).unsqueeze(-1))
@@ -136,6 +135,8 @@ def _quadratic_programme(
     is in the box and, with a convex Hessian, uphill. Returns s, the multipliers of J s = 0 and the held inputs.
     """
     x, jacobian, movable = batch.x, batch.jacobian, equations.width > 0
+    unit = hessian.abs().amax((-1, -2), keepdim=True) + TINY  # so that what is small beside 1 is small beside it
+    hessian, pull = hessian / unit, pull / unit.squeeze(-1)
     width = torch.where(movable, equations.width, 1.0)
     lowest, highest = (equations.low - x) / width, (equations.high - x) / width
     num_inputs, num_targets = x.shape[-1], jacobian.shape[1]
@@ -164,4 +165,4 @@ def _quadratic_programme(
         if not (hit | freed).any():
             break
         held = (held | hit) & ~freed
-    return step, multipliers, held
+    return step, multipliers * unit.squeeze(-1), held

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sna_core.bspline import UniformBSpline
 from sna_core.interaction import InteractionObject, Subset
 from sna_core.local_sum import check_points, local_sum
-from sna_core.network import ACTIVATIONS, BLOCK_NUMEL, pairwise_product
+from sna_core.network import activation_function, by_blocks, check_counts, pairwise_product
 from sna_core.spectral import Basis, constant_coefficients
 
 MAX_CORE_NUMEL = 2**24  # entries of the Tucker core of one subset and output
@@ -282,17 +282,13 @@ class SeparableNetwork(nn.Module):
             raise ValueError(f"{len(bases)} bases for {interaction.num_inputs} inputs; give one for each.")
         if len(counts := {basis.num_basis for basis in bases}) > 1:
             raise ValueError(f"the bases have num_basis {sorted(counts)}; expected one number for all inputs.")
-        for name, count in (("num_outputs", num_outputs), ("rank", rank)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} = {count!r}; expected an integer of at least 1.")
+        check_counts(num_outputs=num_outputs, rank=rank)
         if decomposition not in DECOMPOSITIONS:
             raise ValueError(f"decomposition = {decomposition!r}; expected one of {sorted(DECOMPOSITIONS)}.")
-        if isinstance(activation, str) and activation not in ACTIVATIONS:
-            raise ValueError(f"activation = {activation!r}; expected None, a callable or one of {sorted(ACTIVATIONS)}.")
         self.interaction, self.bases = interaction, tuple(bases)
         self.num_inputs, self.num_outputs, self.rank = interaction.num_inputs, num_outputs, rank
         self.decomposition = decomposition
-        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.activation = activation_function(activation)
         self.learned_bases = nn.ModuleList(basis for basis in self.bases if isinstance(basis, nn.Module))
 
         options = {"device": device, "dtype": dtype}
@@ -337,13 +333,9 @@ class SeparableNetwork(nn.Module):
             ValueError: If a point is NaN or outside its interval, or x has another width or dtype than the network.
         """
         check_points(x, self.bases, self.coefficients.dtype, inside=check)
-        points = x.reshape(-1, self.num_inputs)
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
-            return self._evaluate(points).view(*x.shape[:-1], self.num_outputs)
         # About the values that a point needs at one time: a function of one input has num_basis coefficients.
-        width = sum(p.numel() for p in self.atoms.parameters()) // self.bases[0].num_basis
-        parts = [self._evaluate(part) for part in points.split(max(1, BLOCK_NUMEL // max(1, width)))]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], self.num_outputs)
+        numel = sum(p.numel() for p in self.atoms.parameters()) // self.bases[0].num_basis
+        return by_blocks(self._evaluate, x, numel)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """Values at points (points, num_inputs) that are known to lie inside: (points, num_outputs)."""

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from sna_core.als import _Alternation, fit
 from sna_core.banded import factorise, solve_banded
-from sna_core.cell_table import CellTable
 from sna_core.laplace import laplace_factor, relative_std
 from sna_core.network import CPNetwork
 from sna_core.normal_equations import (
@@ -311,22 +310,6 @@ def test_a_constant_target_is_that_constant():
     x, _ = data(net)
     fit(net, x, torch.zeros(len(x), 1), generator=generator())
     assert net(x).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_outputs": 2},
-        {"num_outputs": 2, "unit_weights": False},
-        {"num_outputs": 2, "unit_weights": False, "shared_components": True},
-        {"degree": 0},
-        {"degree": 5},
-    ],
-)
-def test_the_cell_table_equals_the_network(options):
-    net = network(low=[-1, 0, 2], high=[1, 3, 2.5], **options)
-    x, _ = data(net)
-    torch.testing.assert_close(CellTable(net)(x), tuple(t.detach() for t in net.value_and_gradient(x)))
 
 
 def test_the_covariance_is_that_of_linear_regression():

@@ -244,7 +244,33 @@ def test_the_map_is_no_saddle_and_no_farthest_point():
     prior = GaussianPrior.independent([0.3, 0.0], [1.0, 1.0])
     found = invert(differentiable(ellipse), [-3.0, -3.0], [3.0, 3.0], 1.0, prior=prior)
     expected = [[0.4, -math.sqrt(0.96)], [0.4, math.sqrt(0.96)]]  # (-2, 0) and (2, 0) are stationary, too
-    np.testing.assert_allclose(sorted(found.solutions.tolist()), expected, atol=1e-6)
+    np.testing.assert_allclose(sorted(found.solutions.tolist(), key=lambda x: x[1]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("std", [1e4, 1.0, 1e-3, 1e-5, 1e-8])
+def test_a_narrow_prior_finds_the_same_point(std):
+    prior = GaussianPrior.independent([0.2, 0.9, 0.5], [std] * 3)
+    found = invert(linear([[1.0, 1.0, 1.0]]), [0.0] * 3, [1.0] * 3, 1.0, prior=prior, scale=1.0)
+    assert found.converged.all()
+    np.testing.assert_allclose(found.x, [[0.0, 0.7, 0.3]], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_the_map_does_not_depend_on_the_units(size):
+    """A box and a prior of any size, the prior a thousand times as wide in one input as in the other."""
+    std = np.array([1.0, 1e-3]) * size
+    prior = GaussianPrior.independent(np.array([0.6, 0.2]) * size, std)
+    found = invert(linear([[1.0, 1.0]]), [0.0, 0.0], [size, size], size, prior=prior)
+    gain = std**2 / (std**2).sum()
+    assert found.converged.all()
+    np.testing.assert_allclose(found.x / size, [np.array([0.6, 0.2]) + gain * 0.2], atol=1e-6)
+
+
+def test_every_point_is_the_map_where_all_are_as_near():
+    prior = GaussianPrior.independent([0.0, 0.0], [1.0, 1.0])
+    found = invert(circle, [-1.0, -1.0], [1.0, 1.0], 0.25, prior=prior)
+    assert len(found.x) > 50
+    assert found.converged.all()
 
 
 def test_a_circle_is_covered_evenly():
@@ -259,8 +285,10 @@ def test_a_circle_is_covered_evenly():
 
 
 def test_a_level_set_of_single_points_has_no_more():
-    found = level_set(parabola, [0.0], [1.0], 0.04, 2)
-    assert found.x[:, 0].sort().values.tolist() == pytest.approx([0.1, 0.5], abs=1e-7)
+    for num_points in (2, 20):
+        found = level_set(parabola, [0.0], [1.0], 0.04, num_points)
+        assert found.x[:, 0].sort().values.tolist() == pytest.approx([0.1, 0.5], abs=1e-7)
+        assert len(found.residual) == 2
 
 
 def test_same_starts_every_time_and_others_by_a_generator():
@@ -284,6 +312,24 @@ def test_a_function_that_is_not_finite_somewhere_loses_those_starts_only():
     found = invert(root, [0.0], [1.0], 0.5, num_starts=16, scale=1.0)
     assert found.solutions[:, 0].tolist() == pytest.approx([0.75])
     assert (found.residual[~found.converged] == math.inf).all()
+
+
+def test_points_without_a_value_do_not_count_for_the_scale():
+    root = differentiable(lambda x: 1e-9 * (x - 0.5).sqrt())
+    found = invert(root, [0.0], [1.0], 0.5e-9, num_starts=16)
+    assert found.solutions[:, 0].tolist() == pytest.approx([0.75])
+    nowhere = differentiable(lambda x: (x - 2).sqrt())
+    assert not invert(nowhere, [0.0], [1.0], 0.5).converged.any()
+
+
+def test_a_constant_has_no_scale_but_its_unit():
+    net, function = random_network(3, 1, 4, seed=0)
+    net.factors.fill_(0.7)
+    value = 4 * 0.7**3
+    samples = function(torch.rand(64, 3, dtype=torch.float64))[0]
+    assert 0 < samples.max() - samples.min() < 1e-14  # rounding
+    assert invert(function, [0.0] * 3, [1.0] * 3, value).converged.all()
+    assert invert(function, [0.0] * 3, [1.0] * 3, value + 0.5).residual[0].item() == pytest.approx(0.5)
 
 
 def test_flat_functions_end_at_once():

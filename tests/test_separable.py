@@ -262,7 +262,7 @@ def test_blocks_of_points_change_neither_values_nor_gradients(family, monkeypatc
     x = points(network, 5, 7).requires_grad_()
     results = []
     for block in (2**20, 30):
-        monkeypatch.setattr("sna_core.separable.BLOCK_NUMEL", block)
+        monkeypatch.setattr("sna_core.network.BLOCK_NUMEL", block)
         sizes = []
         monkeypatch.setattr(
             network, "_evaluate", lambda p, s=sizes: s.append(len(p)) or type(network)._evaluate(network, p)

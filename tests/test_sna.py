@@ -141,12 +141,14 @@ def test_predictions_at_the_start_neither_vanish_nor_explode():
         ({"basis": "wavelet"}, "basis"),
         ({"decomposition": "parafac"}, "decomposition"),
         ({"rank": 0}, "rank = 0"),
+        ({"num_outputs": 0}, "num_outputs = 0"),
         ({"activation": "swish"}, "activation = 'swish'; expected None"),
+        ({"decomposition": "tucker", "rank": 300}, "Tucker core of rank 300 over 3 inputs has 27000000 entries"),
     ],
 )
 def test_bad_settings_raise(options, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
-        SnaModel(SnaConfig(num_inputs=3, **options))
+        SnaConfig(num_inputs=3, **options)
 
 
 def test_bad_input_raises():
