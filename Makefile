@@ -11,7 +11,7 @@ FLOW := --num-grid 64 --num-snapshots 21 --k-tot 8 --viscosity 1e-3 --warm-up-ti
 # accelerate launch gives a process one thread unless told otherwise.
 demo demo-short text turbulence: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo demo-short text text-study turbulence turbulence-data turbulence-card heads speed card text-card test lint
+.PHONY: demo demo-short text text-study turbulence turbulence-data turbulence-card heads speed card text-card khronos khronos-card test lint
 
 demo: .venv/.installed
 	$(BIN)/python -m training.turbulence --out runs/demo/data.hdf5 --num-trajectories 96 $(FLOW)
@@ -126,6 +126,18 @@ turbulence-card: .venv/.installed
 	cp $(MODELS)/turbulence.json $(MODELS)/*.png $(MODELS)/*.gif $(TURBULENCE)/sampling/* $(TURBULENCE)/embeddings/* $(CARD)/
 	$(BIN)/python -m eval.turbulence_card --study $(CARD)/turbulence.json --sampling $(CARD)/sampling.json \
 		--embeddings $(CARD)/embeddings.json --remarks $(CARD)/remarks.md --out $(CARD).md
+
+# KHRONOS against its peers, and on the Inconel 718 data in INCONEL (xiaoyuxie-vico/DL_AM_Data): half an hour on two cores.
+INCONEL ?= runs/inconel718
+khronos: .venv/.installed
+	$(BIN)/python -m training.khronos_inconel --data "$(INCONEL)" --out runs/khronos/inconel
+	$(BIN)/python -m eval.khronos --out runs/khronos
+
+khronos-card: .venv/.installed
+	mkdir -p model_cards/khronos
+	cp runs/khronos/khronos.json runs/khronos/inconel/inconel.json model_cards/khronos/
+	$(BIN)/python -m eval.khronos_card --study model_cards/khronos/khronos.json --inconel model_cards/khronos/inconel.json \
+		--inversion runs/khronos/inconel/inversion.safetensors --out model_cards/khronos.md
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --numprocesses 2

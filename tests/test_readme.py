@@ -55,7 +55,7 @@ def test_snippets_run_as_written(tmp_path, monkeypatch):
     tiny("runs/text/model", 3)
 
     snippets = fences("python")
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     namespace = {}
     for number, snippet in enumerate(snippets):
         # The README is ours, and running what it says is the point of this test.
@@ -63,6 +63,8 @@ def test_snippets_run_as_written(tmp_path, monkeypatch):
     assert namespace["fields"].shape == (1, 20, 16, 16)
     assert namespace["table"].shape == (4096, 64)
     assert isinstance(namespace["embedding"], torch.nn.Module)
+    assert namespace["found"].converged.any()
+    assert namespace["score"] > 0.9
     assert type(namespace["llama"]).__name__ == "LlamaForCausalLM"
 
 
