@@ -27,3 +27,13 @@ def test_an_activation_is_refused():
     net = CPNetwork(2, rank=2, num_cells=5, activation="tanh")
     with pytest.raises(ValueError, match="activation=None; differentiate this network by autograd"):
         CellTable(net)
+
+
+@pytest.mark.parametrize(
+    "options", [{"unit_weights": True}, {}, {"shared_components": True}], ids=["unit", "weights", "shared"]
+)
+def test_equals_the_network_for_several_outputs(options):
+    net = CPNetwork(3, 2, rank=4, num_cells=5, low=[-1, 0, 2], high=[1, 3, 2.5], dtype=torch.float64, **options)
+    low, high = torch.tensor(net.low), torch.tensor(net.high)
+    x = (low + (high - low) * torch.rand(30, 3)).double()
+    torch.testing.assert_close(CellTable(net)(x), tuple(t.detach() for t in net.value_and_gradient(x)))
