@@ -127,7 +127,7 @@ turbulence-card: .venv/.installed
 	$(BIN)/python -m eval.turbulence_card --study $(CARD)/turbulence.json --sampling $(CARD)/sampling.json \
 		--embeddings $(CARD)/embeddings.json --remarks $(CARD)/remarks.md --out $(CARD).md
 
-# KHRONOS against its peers, and on the Inconel 718 data in INCONEL (xiaoyuxie-vico/DL_AM_Data): half an hour on two cores.
+# KHRONOS against its peers, and on the Inconel 718 data in INCONEL (xiaoyuxie-vico/DL_AM_Data): about half an hour on two cores.
 INCONEL ?= runs/inconel718
 khronos: .venv/.installed
 	$(BIN)/python -m training.khronos_inconel --data "$(INCONEL)" --out runs/khronos/inconel

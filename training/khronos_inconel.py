@@ -40,7 +40,7 @@ from training.khronos_comparison import NUM_FOLDS, RIVALS, Splits, compare_repea
 from training.khronos_peers import REGRESSORS, Distributions, Method, in_pipeline, sized
 from training.provenance import provenance, relative, write_json
 
-FeatureKind = Literal["scalograms", "scalograms+bins"]
+FeatureKind = Literal["scalograms", "scalograms+bins", "histories"]
 
 SIZE = 64  # of a scalogram
 GAIN = 100.0  # features are log(1 + GAIN * scalogram)
@@ -72,21 +72,23 @@ class Property:
         name: Column of :class:`training.inconel.InconelTable`.
         unit: Of it.
         num_parameters: Most parameters that KHRONOS, MLP and KAN may have.
-        published_r2: On the split of Xie et al. (arXiv 2603.12244); None where there is none.
+        published_parameters: Of KHRONOS in arXiv 2603.12244; None where it is not said.
+        published_r2: Its test score there, of one split.
         num_starts: Of the inversion; None where it is not inverted.
     """
 
     name: str
     unit: str
     num_parameters: int
-    published_r2: float | None = None
+    published_parameters: int | None
+    published_r2: float
     num_starts: int | None = None
 
 
 PROPERTIES = (
-    Property("yield_stress", "MPa", 240, 0.76, 47),
-    Property("uts", "MPa", 108, 0.70, 64),
-    Property("modulus", "GPa", 108, 0.14),
+    Property("yield_stress", "MPa", 240, 240, 0.76, 47),
+    Property("uts", "MPa", 108, 108, 0.70, 64),
+    Property("modulus", "GPa", 108, None, 0.14),
 )
 
 
@@ -131,10 +133,25 @@ def read_features(folder: Path, table: inconel.InconelTable, kind: FeatureKind) 
     """Reads the features of the table's points: log(1 + 100 X) of scalograms X and, where asked for, log(1 + n) of the
     counts n of temperatures, weighted so that both blocks would count alike at equal variance.
 
+    With ``"histories"`` the scalograms are wavelet transforms of the raw series, over the largest of their values. The
+    public copy has the series of one wall alone.
+
     Raises:
         ValueError: If a file is missing or not as expected.
     """
-    values = np.log1p(GAIN * inconel.read_scalograms(folder, table, SIZE))
+    if kind == "histories":
+        histories = inconel.read_histories(folder)
+        if missing := [name for name in table.names if name not in histories]:
+            raise ValueError(
+                f"{len(missing)} of {len(table)} points have no raw series, {missing[0]} among them; complete "
+                "thermal_history, or take --features scalograms."
+            )
+        transforms = [inconel.shrink(inconel.scalogram(histories[name]), SIZE) for name in tqdm(table.names)]
+        scalograms = np.stack(transforms).reshape(len(table), -1)
+        scalograms /= scalograms.max()
+    else:
+        scalograms = inconel.read_scalograms(folder, table, SIZE)
+    values = np.log1p(GAIN * scalograms)
     if kind == "scalograms+bins":
         counts = np.log1p(inconel.read_bins(folder, table))
         values = np.hstack([values, counts * np.sqrt(values.shape[1] / counts.shape[1])])
@@ -301,6 +318,7 @@ def _describe(
         "num_starts": found.num_starts,
         "num_solutions": len(found.solutions),
         "num_unsolved": int((~found.converged).sum()),
+        "worst_residual": float(found.residual.max()),  # of what did not converge too
         "milliseconds": float(np.median(inversion.milliseconds)),
         "num_timed": len(inversion.milliseconds),
         "predicted_for_left_out": float(estimator.predict(point).item()),
@@ -368,7 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data of Xie et al.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--out", type=Path, default=Path("runs/khronos/inconel"), help="folder for the results")
     parser.add_argument("--num-repeats", type=int, default=300, help="random splits")
     parser.add_argument("--num-candidates", type=int, default=24, help="settings to try for each method")
     parser.add_argument("--features", choices=get_args(FeatureKind), default="scalograms")
