@@ -1,6 +1,6 @@
 """Pictures of the study of KHRONOS, from the records of `eval.khronos` and `training.khronos_inconel`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -298,20 +298,23 @@ def draw_inversion(figure: FigureBase, inconel: Record, arrays: Arrays) -> None:
     figure.suptitle(f"Scalograms of which KHRONOS predicts the properties of {point}")
 
 
-def draw_all(folder: Path, study: Record, inconel: Record, arrays: Arrays) -> None:
-    """Writes every picture into `folder`, each whole or not at all."""
-    tables, fits = study["tabular"]["rows"], study["fits"]
-    sets = len(by_dataset(tables))
-    panels = len(inconel["properties"]) + sum(row["parity"] is not None for row in tables)
-    against = study["speed"]["als_against_gradient"]
-    pictures = {
-        "poisson": ((11, 5.2), lambda f: draw_poisson(f, study["poisson"]["rows"])),
-        "tabular": ((13, 2.9 * -(-sets // 4) + 0.6), lambda f: draw_tabular(f, tables)),
-        "fit": ((11, 3.9), lambda f: draw_fit(f, fits["slices"])),
-        "convergence": ((13, 4), lambda f: draw_convergence(f, fits["errors"], against)),
-        "parity": ((13, 3.3 * -(-panels // 4)), lambda f: draw_parity(f, tables, inconel, arrays)),
-        "inversion": ((14, 6.4), lambda f: draw_inversion(f, inconel, arrays)),
-    }
+def draw_all(folder: Path, study: Record, inconel: Record | None = None, arrays: Arrays | None = None) -> None:
+    """Writes a picture of every part that the records hold into `folder`, each whole or not at all."""
+    poisson, tables = (study.get(name, {}).get("rows", []) for name in ("poisson", "tabular"))
+    fits, against = study.get("fits"), study.get("speed", {}).get("als_against_gradient")
+    pictures: dict[str, tuple[tuple[float, float], Callable[[FigureBase], None]]] = {}
+    if poisson:
+        pictures["poisson"] = (11, 5.2), lambda f: draw_poisson(f, poisson)
+    if sets := len(by_dataset(tables)):
+        pictures["tabular"] = (13, 2.9 * -(-sets // 4) + 0.6), lambda f: draw_tabular(f, tables)
+    if fits:
+        pictures["fit"] = (11, 3.9), lambda f: draw_fit(f, fits["slices"])
+    if fits and against:
+        pictures["convergence"] = (13, 4), lambda f: draw_convergence(f, fits["errors"], against)
+    if inconel is not None and arrays is not None:
+        panels = len(inconel["properties"]) + sum(row["parity"] is not None for row in tables)
+        pictures["parity"] = (13, 3.3 * -(-panels // 4)), lambda f: draw_parity(f, tables, inconel, arrays)
+        pictures["inversion"] = (14, 6.4), lambda f: draw_inversion(f, inconel, arrays)
     folder.mkdir(parents=True, exist_ok=True)
     for name, (size, draw) in pictures.items():
         save(folder / f"{name}.png", size, draw)

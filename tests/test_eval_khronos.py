@@ -20,7 +20,8 @@ def test_quick_run_writes_every_part_as_json(quick):
     out, record = quick
     assert json.loads((out / RECORD).read_text(encoding="utf-8")) == json.loads(json.dumps(record))
     assert set(record) == {"quick", "targets", *PARTS}
-    assert [path.name for path in out.iterdir()] == [RECORD]
+    pictures = {"poisson.png", "tabular.png", "fit.png", "convergence.png"}
+    assert {path.name for path in out.iterdir()} == {RECORD, *pictures}
     for name in PARTS:
         assert record[name]["seconds"] > 0
         assert record[name]["provenance"]["versions"]["torch"]
@@ -53,6 +54,7 @@ def test_inversions_converge_and_intervals_grow_with_their_level(quick):
     for row in rows:
         assert 0 < row["fewest_solutions"] <= row["num_solutions"] <= row["num_starts"]
         assert row["largest_residual"] <= 1e-6
+        assert row["worst_residual"] >= row["largest_residual"]
     means = [row["mean"] for row in record["coverage"]["rows"]]
     assert means == sorted(means)
     assert 0 < means[0] < means[-1] <= 1
@@ -72,7 +74,7 @@ def test_targets_of_other_sizes_stay_open(quick):
     assert [figure for figure in measured if measured[figure] is not None] == [
         "milliseconds of an inversion from 47 starts",
         "milliseconds of an inversion from 64 starts",
-        "largest residual of its solutions",
+        "largest residual of all points that it returns",
     ]
 
 
@@ -113,8 +115,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_targets_are_held_against_the_record():
     poisson = {"problem": "kan", "method": "khronos", "size": 512}
     inversion = [
-        {"num_starts": 47, "milliseconds": 4.0, "largest_residual": 1e-7},
-        {"num_starts": 64, "milliseconds": 6.0, "largest_residual": 1e-8},
+        {"num_starts": 47, "milliseconds": 4.0, "worst_residual": 1e-5},
+        {"num_starts": 64, "milliseconds": 6.0, "worst_residual": 1e-8},
     ]
     memory = [
         {"task": task, "num_points": num_points, "table_bytes": 32 * num_points, "peak_bytes": peak}
@@ -138,15 +140,16 @@ def test_targets_are_held_against_the_record():
         },
     }
     found = targets(record)
-    assert [each.measured for each in found] == [1e-17, 2.0, 4.0, 6.0, 1e-7, 19.0, 0.6, 1.0, 2.0]
-    assert [each.reached for each in found] == [True, False, True, False, True, False, True, True, False]
+    assert [each.measured for each in found] == [1e-17, 2.0, 4.0, 6.0, 1e-5, 19.0, 0.6, 1.0, 2.0]
+    assert [each.reached for each in found] == [True, False, True, False, False, False, True, True, False]
     assert {each.reached for each in targets({})} == {None}
 
 
-def test_inversions_without_a_solution_leave_the_residual_open():
-    rows = [{"num_starts": 47, "milliseconds": 4.0, "largest_residual": residual} for residual in (1e-7, None)]
-    residual = next(each for each in targets({"inversion": {"rows": rows}}) if "residual" in each.figure)
-    assert (residual.measured, residual.reached) == (None, None)
+def test_without_an_out_folder_it_writes_to_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(khronos, "PARTS", {"poisson": lambda sizes: {"rows": []}})
+    main([])
+    assert [path.name for path in (tmp_path / "runs" / "khronos").iterdir()] == [RECORD]  # nothing to draw
 
 
 def test_gather_is_the_network():
@@ -162,9 +165,6 @@ def test_bad_input_is_refused(quick, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--only", "poison"])
     assert "invalid choice: 'poison'" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["--quick"])
-    assert "--out" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"parts: poison unknown; expected some of poisson, tabular"):
         run(tmp_path, ["poison"])
     with pytest.raises(ValueError, match="task = 'sleep'; expected predict or fit"):
