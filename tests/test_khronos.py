@@ -559,3 +559,27 @@ def test_public_names():
         assert name in leviathan.__all__
     assert type(AutoModel.from_config(KhronosConfig())) is KhronosModel
     assert type(AutoModel.from_config(leviathan.SnaConfig())) is leviathan.SnaModel
+
+
+def test_repeated_rows_weigh_and_are_no_new_observations():
+    random = np.random.default_rng(0)
+    x = random.random((60, 2))
+    y = np.sin(5 * x[:, 0]) + x[:, 1] + 0.3 * random.standard_normal(60)
+    results = []
+    for rows, weight in ((x, None), (np.tile(x, (5, 1)), None), (x, np.full(60, 20.0)), (x, np.full(60, 0.05))):
+        model = KhronosModel(KhronosConfig(input_low=[0.0] * 2, input_high=[1.0] * 2, rank=2, num_cells=3)).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit = model.fit(rows, np.tile(y, len(rows) // 60), sample_weight=weight)
+        assert any("repeat" in note for note in fit.notes) == (len(rows) > 60)
+        results.append(model.predict(x))
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.int64(1), torch.tensor(0.5)])
+def test_targets_of_any_numeric_type(number):
+    model = KhronosModel(KhronosConfig(input_low=[0.0] * 2, input_high=[1.0] * 2)).double()
+    x = np.random.default_rng(0).random((100, 2))
+    model.fit(x, 2 * x.sum(1))
+    assert model.invert(number).converged.all()

@@ -95,6 +95,23 @@ def test_works_in_pipelines_and_searches():
     assert search.best_params_ == {"rank": 2}
 
 
+def test_searches_may_try_the_integers_of_numpy():
+    x, y = table(60)
+    sizes = {
+        "rank": np.arange(1, 3),
+        "num_cells": np.array([3]),
+        "degree": np.array([2]),
+        "num_restarts": np.array([1]),
+    }
+    search = GridSearchCV(KhronosRegressor(random_state=0), sizes | {"max_sweeps": np.array([4])}, cv=2)
+    assert search.fit(x, y).best_estimator_.model_.config.rank in (1, 2)
+    search = GridSearchCV(KhronosClassifier(random_state=0), sizes | {"max_iterations": np.array([20])}, cv=2)
+    assert search.fit(x, y > y.mean()).best_estimator_.model_.config.num_cells == 3
+    for name in ("rank", "max_sweeps"):
+        with pytest.raises(ValueError, match=rf"{name} = 2\.5; expected an integer"):
+            KhronosRegressor(**{name: 2.5}).fit(x, y)
+
+
 def test_classes_of_any_type_that_no_line_separates():
     x, y = make_moons(200, noise=0.15, random_state=0)
     names = np.array(["waning", "waxing"])[y]

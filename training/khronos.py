@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from math import isfinite
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,12 +24,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from huggingface_hub.errors import StrictDataclassError
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from leviathan.khronos import KhronosConfig, KhronosForClassification, KhronosModel
+from leviathan.khronos.tables import ROWS_AT_ONCE
 from sna_core import als
 from sna_core.local_sum import check_points
 from training.provenance import provenance, relative, write_json
@@ -39,7 +42,6 @@ RegressionLoss = Literal["mse", "l1", "huber"]
 Loss = RegressionLoss | Literal["cross_entropy"]
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss, "cross_entropy": F.cross_entropy}
 SIZES = ("rank", "num_cells", "degree")
-ROWS_AT_ONCE = 2**16  # where no gradient is taken
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class TrainingResult:
 
 def train(
     model: KhronosModel | KhronosForClassification,
-    x: Tensor | Dataset,
-    y: Tensor | None = None,
+    x: ArrayLike | Tensor | Dataset,
+    y: ArrayLike | Tensor | None = None,
     *,
     loss: Loss | Criterion | None = None,
     num_epochs: int = 200,
@@ -77,7 +79,7 @@ def train(
     learning_rate: float = 0.05,
     weight_decay: float = 0.0,
     warmup_fraction: float = 0.05,
-    validation: tuple[Tensor, Tensor] | Dataset | None = None,
+    validation: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | Dataset | None = None,
     target_loss: float | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -87,7 +89,7 @@ def train(
     Before the first step, a ``KhronosModel`` takes mean :math:`\mu_o` and standard deviation :math:`\sigma_o` of the
     training targets for its ``output_shift`` and ``output_scale``, so that its network learns
     :math:`(y_o - \mu_o) / \sigma_o`. The losses that have a name are those of such standardised values: "mse" is the
-    fraction of variance that is left, on average over the outputs.
+    fraction of variance that is left, on average over the outputs. The uncertainty of an earlier fit is forgotten.
 
     The learning rate rises linearly, then falls to zero along a cosine. Rows are shuffled; those that do not fill the
     last minibatch of an epoch are left out of it. A seed gives the same minibatches on any number of processes.
@@ -116,9 +118,13 @@ def train(
             outside the model's box, or the loss is no longer finite.
     """
     _check_options(num_epochs, batch_size, learning_rate, weight_decay, warmup_fraction)
+    if y is None and not isinstance(x, Dataset):
+        raise ValueError("y is missing; give the targets of x, or a dataset of pairs of a point and a target.")
+    if y is not None and isinstance(x, Dataset):
+        raise ValueError("x is a dataset, which holds the targets, and y is given too; leave out y.")
     accelerator = _accelerator()
     data = _dataset(x if y is None else (x, y))
-    batch_size = _fitting(batch_size, len(data), accelerator.num_processes)
+    batch_size = _fitting(int(batch_size), len(data), accelerator.num_processes)
     criterion, device = _criterion(model, loss), model.device
 
     blocks = _blocks(accelerator, model, data)
@@ -128,6 +134,7 @@ def train(
         held_out = _blocks(accelerator, model, _dataset(validation))
         _survey(accelerator, model, held_out)
     if isinstance(model, KhronosModel):
+        model.forget_uncertainty()
         constant = survey.low == survey.high
         model.output_shift.copy_(survey.mean)
         model.output_scale.copy_(torch.where(constant, 1.0, survey.std))
@@ -187,7 +194,7 @@ def _check_options(
     num_epochs: int, batch_size: int, learning_rate: float, weight_decay: float, warmup_fraction: float
 ) -> None:
     for name, count in (("num_epochs", num_epochs), ("batch_size", batch_size)):
-        if not isinstance(count, int) or count < 1:
+        if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
             raise ValueError(f"{name} = {count!r}; expected an integer of at least 1.")
     if not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate = {learning_rate}; expected a positive number.")
@@ -237,10 +244,10 @@ def _fitting(batch_size: int, num_rows: int, num_processes: int) -> int:
     return min(batch_size, num_rows - num_rows % num_processes)
 
 
-def _dataset(data: tuple[Tensor, Tensor] | Dataset) -> Dataset:
+def _dataset(data: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | Dataset) -> Dataset:
     if isinstance(data, IterableDataset):
         raise ValueError("an IterableDataset cannot be shuffled; give a dataset with a length and items by number.")
-    data = data if isinstance(data, Dataset) else Rows(*data)
+    data = data if isinstance(data, Dataset) else Rows(*map(torch.as_tensor, data))
     if not len(data):
         raise ValueError("there are no rows to train on, or to validate on.")
     return data
@@ -407,7 +414,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         "settings": {name: getattr(model.config, name) for name in SIZES} | chosen,
         "inputs": table.inputs,
         "targets": table.targets,
-        "num_parameters": model.num_parameters(),
+        "num_parameters": model.num_fitted,
         "result": {name: each.tolist() if isinstance(each, Tensor) else each for name, each in vars(result).items()},
         "training": errors(accelerator, model, rows, table.targets),
         "validation": held_out and errors(accelerator, model, held_out, table.targets),

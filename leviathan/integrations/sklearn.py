@@ -6,6 +6,7 @@ The box of the inputs is the range of the training data; points outside of it ar
 from __future__ import annotations
 
 import inspect
+import operator
 from typing import Literal
 
 import numpy as np
@@ -91,7 +92,7 @@ class KhronosRegressor(RegressorMixin, BaseEstimator):
         """
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
         data = training_data(X, y, sample_weight)
-        sizes = {"rank": self.rank, "num_cells": self.num_cells, "degree": self.degree}
+        sizes = _whole(self, "rank", "num_cells", "degree")
         config = KhronosConfig.for_data(
             data.x, margin=self.margin, extrapolate=self.extrapolate, num_outputs=data.y.shape[1], **sizes
         )
@@ -100,8 +101,7 @@ class KhronosRegressor(RegressorMixin, BaseEstimator):
             data,
             ridge=self.ridge,
             smoothness=self.smoothness,
-            num_restarts=self.num_restarts,
-            max_sweeps=self.max_sweeps,
+            **_whole(self, "num_restarts", "max_sweeps"),
             tolerance=self.tolerance,
             uncertainty=self.uncertainty,
             seed=_seed(self.random_state),
@@ -188,7 +188,7 @@ class KhronosClassifier(ClassifierMixin, BaseEstimator):
         if len(classes) < 2:
             raise ValueError(f"y holds the one class {classes[0]!r}; expected at least two classes.")
         data = training_data(X, labels, sample_weight)
-        sizes = {"rank": self.rank, "num_cells": self.num_cells, "degree": self.degree}
+        sizes = _whole(self, "rank", "num_cells", "degree")
         config = KhronosConfig.for_data(
             data.x, margin=self.margin, extrapolate=self.extrapolate, num_labels=len(classes), **sizes
         )
@@ -199,8 +199,7 @@ class KhronosClassifier(ClassifierMixin, BaseEstimator):
             sample_weight=data.weight,
             ridge=self.ridge,
             smoothness=self.smoothness,
-            num_restarts=self.num_restarts,
-            max_iterations=self.max_iterations,
+            **_whole(self, "num_restarts", "max_iterations"),
             tolerance=self.tolerance,
             seed=_seed(self.random_state),
         )
@@ -221,6 +220,17 @@ class KhronosClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         return self.model_.predict_proba(validate_data(self, X, dtype=np.float64, reset=False))
+
+
+def _whole(estimator: BaseEstimator, *names: str) -> dict[str, int]:
+    """The estimator's settings of these names, of which searches may make numpy's integers, as Python's."""
+    settings = {}
+    for name in names:
+        try:
+            settings[name] = operator.index(getattr(estimator, name))
+        except TypeError as error:
+            raise ValueError(f"{name} = {getattr(estimator, name)!r}; expected an integer.") from error
+    return settings
 
 
 def _seed(random_state: int | np.random.RandomState | None) -> int:

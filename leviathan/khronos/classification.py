@@ -16,6 +16,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -169,7 +170,7 @@ class KhronosForClassification(KhronosPreTrainedModel):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} = {value}; expected a number of at least 0.")
         for name, count in (("num_restarts", num_restarts), ("max_iterations", max_iterations)):
-            if not isinstance(count, int) or count < 1:
+            if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"{name} = {count!r}; expected an integer of at least 1.")
         data = training_data(x, self._check_labels(labels), sample_weight, self.config.num_inputs, 1).distinct()
         check_points(data.x, self.network.splines, data.x.dtype)

@@ -150,6 +150,8 @@ class KhronosModel(KhronosPreTrainedModel):
     """
 
     def __init__(self, config: KhronosConfig):
+        if config.architectures == ["KhronosForClassification"]:
+            raise ValueError("the config is that of a KhronosForClassification; make or load it as that class.")
         super().__init__(config)
         self.network = build_network(config, config.num_outputs)
         self.output_shift = nn.Buffer(torch.zeros(config.num_outputs))
@@ -165,6 +167,10 @@ class KhronosModel(KhronosPreTrainedModel):
         num_outputs, like = self.config.num_outputs, self.output_scale
         self.register_buffer("posterior", like.new_zeros(num_outputs, size, size) if uncertainty else None)
         self.register_buffer("noise", like.new_zeros(num_outputs) if uncertainty else None)
+
+    def forget_uncertainty(self) -> None:
+        """Drops the covariance of the parameters, which holds no longer once they change other than by :meth:`fit`."""
+        self._set_uncertainty(False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -288,7 +294,8 @@ class KhronosModel(KhronosPreTrainedModel):
             y: Values (points, num_outputs), for one output also (points,).
             validation: x and y of points whose error chooses the factors to keep, or the fraction of the points to hold
                 out for that.
-            sample_weight: (points,), not negative; a point of weight 0 is left out.
+            sample_weight: (points,), not negative, of any scale; a point of weight 0 is left out, and one of twice the
+                weight is the same as the row twice. Rows that repeat others are no new observations: they weigh.
             uncertainty: Whether to compute, and to save with the model, what :meth:`predict_std` and :meth:`interval`
                 need: a matrix for each output, with as many rows and columns as it has factors. None is the config's.
             progress: Whether to show a bar.
@@ -323,6 +330,7 @@ class KhronosModel(KhronosPreTrainedModel):
         **options: Any,
     ) -> KhronosFit:
         """:meth:`fit` without its warnings, of data that were looked through."""
+        num_rows, data = len(data.x), data.counted_once()
         shift, scale = self._standard_units(data)
         with tqdm(unit=" sweeps", disable=not progress) as bar:
 
@@ -354,7 +362,7 @@ class KhronosModel(KhronosPreTrainedModel):
         in_units = {"train_rmse": result.train_rmse * scale, "noise": result.noise * scale}
         if held_out is not None:
             in_units["validation_rmse"] = result.validation_rmse * scale
-        return KhronosFit(**(vars(result) | in_units), notes=self._notes(data))
+        return KhronosFit(**(vars(result) | in_units), notes=self._notes(data, num_rows))
 
     def _standard_units(self, data: TrainingData) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of y in float64, (num_outputs,); 1 where y does not vary."""
@@ -366,8 +374,10 @@ class KhronosModel(KhronosPreTrainedModel):
             raise ValueError(f"y reaches {data.y.abs().max():g}, too large for {self.dtype}; change its unit.")
         return shift, scale
 
-    def _notes(self, data: TrainingData) -> tuple[str, ...]:
+    def _notes(self, data: TrainingData, num_rows: int) -> tuple[str, ...]:
         notes = []
+        if len(data.x) < num_rows:
+            notes.append(f"{num_rows - len(data.x)} of {num_rows} rows repeat others, and count as weights of these.")
         for name, table in (("x", data.x), ("y", data.y)):
             if constant := (table == table[0]).all(0).nonzero()[:, 0].tolist():
                 notes.append(
@@ -455,7 +465,7 @@ class KhronosModel(KhronosPreTrainedModel):
         """The function with its Jacobian in float64 on a CPU, the box, and the target with NaN for None."""
         config = self.config
         if not isinstance(target, Tensor | np.ndarray):
-            target = [target] if isinstance(target, int | float) else target
+            target = [target] if np.ndim(target) == 0 else target
             target = [float("nan") if value is None else float(value) for value in target]
         target = torch.as_tensor(target, dtype=torch.float64).reshape(-1)
         if len(target) != config.num_outputs:

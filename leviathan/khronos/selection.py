@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class SelectionRow:
         num_cells: Likewise.
         degree: Likewise.
         num_fitted: Numbers that a fit takes from the data.
-        error: Squared error on held-out points over the variance of y: the mean over outputs, folds and repeats.
+        error: Squared error on held-out points over the variance of y, both weighted: the mean over outputs, folds and
+            repeats.
         standard_error: Of that mean, as if all folds were independent.
     """
 
@@ -114,23 +116,26 @@ def select(
     Raises:
         ValueError: As the fit, and if there are no candidates, fewer than two folds or fewer points than folds.
     """
-    candidates = list(itertools.product(ranks, num_cells, degrees))
+    # The config takes no numpy integers; what is no integer is left for it to refuse.
+    sizes = ([int(n) if _is_whole(n) else n for n in each] for each in (ranks, num_cells, degrees))
+    candidates = list(itertools.product(*sizes))
     if not candidates:
         raise ValueError("ranks, num_cells or degrees is empty; give at least one of each.")
     data = training_data(x, y, sample_weight)
-    if not isinstance(num_folds, int) or not 2 <= num_folds <= len(data.x):
+    if not _is_whole(num_folds) or not 2 <= num_folds <= len(data.x):
         raise ValueError(
             f"num_folds = {num_folds!r}; expected an integer from 2 to {len(data.x)}, the number of points."
         )
-    if not isinstance(num_repeats, int) or num_repeats < 1:
+    if not _is_whole(num_repeats) or num_repeats < 1:
         raise ValueError(f"num_repeats = {num_repeats!r}; expected an integer of at least 1.")
 
     def build(rank: int, num_cells: int, degree: int) -> KhronosModel:
         sizes = {"num_outputs": data.y.shape[1], "rank": rank, "num_cells": num_cells, "degree": degree}
         return KhronosModel(KhronosConfig.for_data(data.x, margin=margin, extrapolate=extrapolate, **sizes))
 
-    variance = data.y.var(0, correction=0)
-    variance = torch.where(variance > 0, variance, 1.0)
+    mean = data.weight @ data.y / data.weight.sum()
+    variance = data.weight @ (data.y - mean).square() / data.weight.sum()
+    variance = torch.where(data.y.amin(0) < data.y.amax(0), variance, 1.0)
     folds = list(_folds(len(data.x), num_folds, num_repeats, seed))
     rows = []
     with tqdm(total=len(candidates) * len(folds), unit=" fits", disable=not progress) as bar:
@@ -152,6 +157,10 @@ def select(
     model = build(chosen.rank, chosen.num_cells, chosen.degree)
     fit = model.fit_checked(data, seed=seed, **options)
     return Selection(model, fit, chosen, tuple(rows))
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _folds(num_points: int, num_folds: int, num_repeats: int, seed: int) -> Iterator[Tensor]:

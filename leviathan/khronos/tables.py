@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -116,6 +116,15 @@ class TrainingData:
         weight = self.weight.new_zeros(len(rows)).index_add_(0, inverse, self.weight)
         x, y = rows.split([self.x.shape[1], self.y.shape[1]], 1)
         return TrainingData(x.to(self.x.dtype), y, weight)
+
+    def counted_once(self) -> TrainingData:
+        """:meth:`distinct` points of mean weight one, so that what counts them counts different observations."""
+        generator = torch.Generator().manual_seed(0)
+        mix = [torch.rand(t.shape[1], generator=generator, dtype=torch.float64) for t in (self.x, self.y)]
+        # One number a row tells whether any repeats another, at less cost than all its columns.
+        shadow = torch.cat([part.double() @ mix[0] for part in self.x.split(ROWS_AT_ONCE)]) + self.y @ mix[1]
+        data = self.distinct() if len(shadow.unique()) < len(shadow) else self
+        return replace(data, weight=data.weight * (len(data.weight) / data.weight.sum()))
 
     def select(self, index: Tensor) -> TrainingData:
         """The points of these indices, or where a mask is true."""
