@@ -137,7 +137,7 @@ khronos-card: .venv/.installed
 	mkdir -p model_cards/khronos
 	cp runs/khronos/khronos.json runs/khronos/inconel/inconel.json model_cards/khronos/
 	$(BIN)/python -m eval.khronos_card --study model_cards/khronos/khronos.json --inconel model_cards/khronos/inconel.json \
-		--inversion runs/khronos/inconel/inversion.safetensors --out model_cards/khronos.md
+		--inversion runs/khronos/inconel/inversion.safetensors --remarks model_cards/khronos/remarks.md --out model_cards/khronos.md
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --numprocesses 2

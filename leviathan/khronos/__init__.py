@@ -6,7 +6,8 @@ from leviathan.khronos.classification import (
     KhronosForClassification,
 )
 from leviathan.khronos.configuration import KhronosConfig
-from leviathan.khronos.modeling import KhronosFit, KhronosModel, KhronosOutput, KhronosPreTrainedModel
+from leviathan.khronos.modeling import KhronosFit, KhronosModel, KhronosOutput
+from leviathan.khronos.pretrained import KhronosPreTrainedModel
 from leviathan.khronos.selection import Selection, SelectionRow, select
 from leviathan.khronos.uncertainty import Interval
 

@@ -33,7 +33,8 @@ from sna_core.network import pairwise_product
 from sna_core.normal_equations import smoothness_matrix
 
 from .configuration import KhronosConfig
-from .modeling import FIT_DEFAULTS, KhronosPreTrainedModel, build_network
+from .modeling import FIT_DEFAULTS
+from .pretrained import KhronosPreTrainedModel, build_network
 from .tables import ROWS_AT_ONCE, TrainingData, as_tensor, training_data
 
 HISTORY = 50  # steps that L-BFGS remembers
