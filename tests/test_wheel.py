@@ -37,7 +37,8 @@ def test_every_import_is_a_declared_requirement(wheel):
     lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
     required = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
     core = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in required if "extra ==" not in line}
-    imported, optional = set(), {"triton"}  # in files of its own, see test_layering
+    assert any(line.startswith("scikit-learn") and "extra ==" in line for line in required)
+    imported, optional = set(), {"sklearn", "triton"}  # each in files of its own, see test_layering
     for path in [*(ROOT / "leviathan").rglob("*.py"), *(ROOT / "sna_core").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
