@@ -402,14 +402,13 @@ class _Alternation:
         RSS is the systems' mean, df their sum.
         """
         scales = self.points.weight_sum * RIDGES[:, None, None]  # (ridges, 1, 1)
-        freedom = squares = torch.zeros(len(RIDGES), len(self.ridges), dtype=torch.float64)
-        count = 0
-        for count, (values, along) in enumerate(map(_spectrum, self._systems()), 1):  # noqa: B007
-            freedom = freedom + (values / (values + scales)).sum(-1)
-            squares = squares + self.power - (along * (values + 2 * scales) / (values + scales).square()).sum(-1)
-        freedom = self._without_sizes(freedom, count)
+        spectra = list(map(_spectrum, self._systems()))
+        freedom = sum((values / (values + scales)).sum(-1) for values, _ in spectra)
+        fitted = sum((along * (values + 2 * scales) / (values + scales).square()).sum(-1) for values, along in spectra)
+        squares = self.power - fitted / len(spectra)
+        freedom = self._without_sizes(freedom, len(spectra))
         room = self.points.weight_sum - INFLATION * freedom
-        scores = squares.clamp(min=0) / count * self.points.weight_sum / room.square()
+        scores = squares.clamp(min=0) * self.points.weight_sum / room.square()
         # Where nothing is left to judge by, the less free is the better.
         scores = torch.where(room < MIN_ROOM * self.points.weight_sum, 1e100 * (1 + freedom), scores)
         self.score, best = scores.min(0)
