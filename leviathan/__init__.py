@@ -8,15 +8,18 @@ from leviathan.khronos import KhronosConfig, KhronosForClassification, KhronosMo
 from leviathan.modeling_leviathan import LeviathanForCausalLM, LeviathanModel, LeviathanPreTrainedModel
 from leviathan.sna import SnaConfig, SnaModel
 from leviathan.tokenization_leviathan import FieldTokenizer
+from leviathan.vsna import VsnaConfig, VsnaModel
 
 __version__ = "0.1.0"
 
 AutoConfig.register(LeviathanConfig.model_type, LeviathanConfig)
 AutoConfig.register(KhronosConfig.model_type, KhronosConfig)
 AutoConfig.register(SnaConfig.model_type, SnaConfig)
+AutoConfig.register(VsnaConfig.model_type, VsnaConfig)
 AutoModel.register(LeviathanConfig, LeviathanModel)
 AutoModel.register(KhronosConfig, KhronosModel)
 AutoModel.register(SnaConfig, SnaModel)
+AutoModel.register(VsnaConfig, VsnaModel)
 AutoModelForCausalLM.register(LeviathanConfig, LeviathanForCausalLM)
 AutoFeatureExtractor.register(LeviathanConfig, FieldTokenizer)
 
@@ -32,5 +35,7 @@ __all__ = [
     "LeviathanPreTrainedModel",
     "SnaConfig",
     "SnaModel",
+    "VsnaConfig",
+    "VsnaModel",
     "rollout",
 ]
