@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import subprocess
 import sys
@@ -20,13 +21,15 @@ settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(config, items):
-    if torch.cuda.is_available():
-        return
-    kept = [item for item in items if item.get_closest_marker("gpu") is None]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    if len(kept) < len(items) and not hasattr(config, "workerinput"):
-        print(f"no CUDA device: {len(items) - len(kept)} tests marked gpu do not run")
-    items[:] = kept
+    for marker, missing, present in (
+        ("gpu", "no CUDA device", torch.cuda.is_available()),
+        ("torchtt", "no torchTT", importlib.util.find_spec("torchtt") is not None),
+    ):
+        kept = [item for item in items if present or item.get_closest_marker(marker) is None]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        if len(kept) < len(items) and not hasattr(config, "workerinput"):
+            print(f"{missing}: {len(items) - len(kept)} tests marked {marker} do not run")
+        items[:] = kept
 
 
 @pytest.fixture(autouse=True)
