@@ -11,7 +11,7 @@ FLOW := --num-grid 64 --num-snapshots 21 --k-tot 8 --viscosity 1e-3 --warm-up-ti
 # accelerate launch gives a process one thread unless told otherwise.
 demo demo-short text turbulence: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo demo-short text text-study turbulence turbulence-data turbulence-card heads speed card text-card khronos khronos-card test lint
+.PHONY: demo demo-short text text-study turbulence turbulence-data turbulence-card heads speed card text-card khronos khronos-card vsna-study vsna-card test lint
 
 demo: .venv/.installed
 	$(BIN)/python -m training.turbulence --out runs/demo/data.hdf5 --num-trajectories 96 $(FLOW)
@@ -138,6 +138,18 @@ khronos-card: .venv/.installed
 	cp runs/khronos/khronos.json runs/khronos/inconel/inconel.json model_cards/khronos/
 	$(BIN)/python -m eval.khronos_card --study model_cards/khronos/khronos.json --inconel model_cards/khronos/inconel.json \
 		--inversion runs/khronos/inconel/inversion.safetensors --remarks model_cards/khronos/remarks.md --out model_cards/khronos.md
+
+# VSNA: its sizes, peers and the laser, whose model may be one that is there (LASER="--laser-model runs/vsna/laser"); about
+# half an hour on a core.
+VSNA := runs/vsna/study
+vsna-study: .venv/.installed
+	$(BIN)/python -m eval.vsna --out $(VSNA) $(LASER)
+
+vsna-card: .venv/.installed
+	mkdir -p model_cards/vsna
+	cp $(VSNA)/vsna.json $(VSNA)/plume.safetensors $(VSNA)/laser.safetensors model_cards/vsna/
+	$(BIN)/python -m eval.vsna_card --study model_cards/vsna/vsna.json --remarks model_cards/vsna/remarks.md \
+		--out model_cards/vsna.md
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --numprocesses 2

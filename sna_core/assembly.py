@@ -17,6 +17,8 @@ from sna_core.discretisation import Discretisation, Space
 from sna_core.forms import Components, QuadraticForm
 from sna_core.operators import Operator, Term
 
+ROUNDING = 1e-12
+POSITIVE = 1e-12  # smallest eigenvalue of Galerkin's form, as a fraction of its largest, that is more than rounding
 SAME = 1e-12  # relative: matrices that differ by less are one
 
 
@@ -38,11 +40,12 @@ class Residual:
 
     @classmethod
     def of_equations(cls, form: QuadraticForm) -> Residual:
-        """What is left of A w = b, for a form whose right-hand side is a sum of products."""
+        """What is left of A w = b, for a form whose right-hand side is a sum of products; the largest is the scale."""
         first = form.coefficients[:, None, None] * form.matrices[0][form.index[:, 0]]
         index = form.index.clone()
         index[:, 0] = torch.arange(len(index))
-        return cls((first, *form.matrices[1:]), index, form.right, form.right.norm() or 1.0)
+        sizes = torch.stack([factor.norm(dim=0) for factor in form.right.factors]).prod(0)
+        return cls((first, *form.matrices[1:]), index, form.right, sizes.amax().item() if len(sizes) else 1.0)
 
     def of_train(self, cores: Sequence[Tensor], order: Sequence[int]) -> float:
         """Its norm for a tensor train over the axes in some order, as a fraction of the scale.
@@ -108,19 +111,26 @@ def galerkin(discretisation: Discretisation) -> QuadraticForm:
         lifted.append(torch.cat([space.trial.mT @ matrix @ discretisation.lift.factors[i] for matrix in weak], 1))
         tests = (space.trial.mT @ space.basis.dense(space.points).mT) * space.weights
         source.append(tests @ _source(discretisation.source, space, i))
-    lowest = sum(
-        torch.stack([torch.linalg.eigvalsh(m[s])[0] for m, s in zip(matrices, term, strict=True)]).prod()
-        for term in torch.stack(index, 1)
-    )
-    right = Components(tuple(source)) + -Components(tuple(lifted))
+    lowest, highest = sum(_ends_of_spectrum(matrices, term) for term in torch.stack(index, 1))
+    floor = _rounding(discretisation, matrices, torch.stack(index, 1))
+    right = _unless_rounding(Components(tuple(source)) + -Components(tuple(lifted)), floor)
     index, counts = torch.stack(index, 1).unique(dim=0, return_counts=True)
-    if not lowest > 0:
+    if not lowest > POSITIVE * highest:
         raise ValueError(
             "the form is not positive: its terms' smallest eigenvalues add up to "
             f"{lowest:.2g}; check the signs (-lap u = f), give an axis a 'dirichlet' end, or use "
             "method='least_squares'."
         )
     return QuadraticForm(tuple(matrices), index, counts.double(), right, 0.0)
+
+
+def _ends_of_spectrum(matrices: Sequence[Tensor], term: Tensor) -> Tensor:
+    """The ends (2,) of the spectrum of a product of matrices of one axis each: products of ends of their spectra."""
+    ends = torch.ones(1, dtype=torch.float64)
+    for stack, s in zip(matrices, term, strict=True):
+        ends = torch.outer(ends, torch.linalg.eigvalsh(stack[s])[[0, -1]]).flatten().aminmax()
+        ends = torch.stack(ends)
+    return ends
 
 
 def _operators(terms: Sequence[Term], space: Space) -> list[Operator]:
@@ -181,8 +191,21 @@ def _residual(discretisation: Discretisation) -> Residual:
     signed = [[part if k == 0 or i else -part for k, part in enumerate(axis)] for i, axis in enumerate(parts)]
     own = 1 + discretisation.num_own_terms  # those of a linearisation cancel each other
     largest = max(Components(tuple(axis[k] for axis in signed)).norm() for k in range(own))
-    right = Components(tuple(torch.cat(axis, 1) for axis in signed))
-    return Residual(tuple(operators), torch.stack(index, 1), right, largest or 1.0)
+    index = torch.stack(index, 1)
+    floor = _rounding(discretisation, operators, index)
+    right = _unless_rounding(Components(tuple(torch.cat(axis, 1) for axis in signed)), floor)
+    return Residual(tuple(operators), index, right, max(largest, floor) or 1.0)
+
+
+def _rounding(discretisation: Discretisation, matrices: Sequence[Tensor], index: Tensor) -> float:
+    """What a lift that solves the equation by itself may leave of it."""
+    norms = [torch.linalg.matrix_norm(stack, 2)[index[:, i]] for i, stack in enumerate(matrices)]
+    return ROUNDING * torch.stack(norms).prod(0).amax().item() * discretisation.lift_norm()
+
+
+def _unless_rounding(right: Components, floor: float) -> Components:
+    """A right-hand side; none where it is no more than rounding."""
+    return right if right.norm() > floor else Components(tuple(factor[:, :0] for factor in right.factors))
 
 
 def _check_smooth(space: Space, order: int) -> None:
@@ -207,8 +230,9 @@ def _unique(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Those that differ by more than rounding, and which of them each one is."""
     probe = torch.randn(matrices[0].numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     marks, order = (matrices.flatten(1) @ probe).sort()
+    size = matrices.flatten(1).norm(dim=1)[order]
     new = torch.ones_like(order, dtype=torch.bool)
-    new[1:] = marks.diff() > SAME * matrices.flatten(1).norm(dim=1).amax()
+    new[1:] = marks.diff() > SAME * torch.minimum(size[1:], size[:-1])  # a second derivative dwarfs the identity
     number = torch.empty_like(order)
     number[order] = new.cumsum(0) - 1
     return matrices[order[new]], number

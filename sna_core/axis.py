@@ -23,7 +23,8 @@ class Axis:
         num_cells: Number of equal cells of B-splines; 8 unless ``breakpoints`` or another ``kind`` are given.
         degree: Of the B-splines, 0 to 5; 3 unless another ``kind`` is given.
         boundary: ``"free"``, ``"dirichlet"`` (a value is given, zero unless the problem has data), ``"neumann"`` (the
-            derivative along the axis), ``"periodic"``, or a pair, for the low and the high end, of the first three.
+            derivative along the axis, imposed exactly), ``"periodic"``, or a pair, for the low and the high end, of the
+            first three. Of kind ``"fourier"`` it is ``"periodic"``.
         breakpoints: Edges of graded cells, from low to high.
         kind: ``"bspline"``, or ``"chebyshev"``, ``"legendre"`` or ``"fourier"``, which take ``num_basis``.
         num_basis: Number of functions.
@@ -44,8 +45,8 @@ class Axis:
     num_basis: int | None = None
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not self.name.isidentifier():
-            raise ValueError(f"name = {self.name!r}; expected a word that can name an argument of a function.")
+        if not isinstance(self.name, str) or not self.name.isidentifier() or self.name in ("self", "coefficient"):
+            raise ValueError(f"name = {self.name!r}; expected a word that can name an argument of a Term.")
         if self.kind not in KINDS:
             raise ValueError(f"axis {self.name!r} has kind = {self.kind!r}; expected one of {KINDS}.")
         if self.kind == "bspline":
@@ -64,38 +65,43 @@ class Axis:
             object.__setattr__(self, "num_cells", 8 if self.num_cells is None else self.num_cells)
         elif self.breakpoints is not None:
             raise ValueError(f"axis {self.name!r} of kind {self.kind!r} has no cells, and takes no breakpoints.")
-        if self.kind == "bspline" and self.num_basis not in (None, self.num_cells + self.degree):
+        if self.kind == "bspline" and self.num_basis is not None:
             raise ValueError(
-                f"axis {self.name!r} has num_basis = {self.num_basis}, and {self.num_cells} cells of degree "
-                f"{self.degree}; leave num_basis out."
+                f"axis {self.name!r} has num_cells, which give the number of functions; leave num_basis out."
             )
-        kinds = (self.boundary, self.boundary) if isinstance(self.boundary, str) else tuple(self.boundary)
-        pair = not isinstance(self.boundary, str)
+        if self.kind == "fourier" and self.boundary == "free":
+            object.__setattr__(self, "boundary", "periodic")
+        pair = isinstance(self.boundary, Sequence) and not isinstance(self.boundary, str)
+        kinds = tuple(self.boundary) if pair else (self.boundary, self.boundary)
         if len(kinds) != 2 or any(kind not in BOUNDARIES or (pair and kind == "periodic") for kind in kinds):
             raise ValueError(
                 f"axis {self.name!r} has boundary = {self.boundary!r}; expected one of {BOUNDARIES}, or a pair of the "
                 "first three."
             )
-        object.__setattr__(self, "boundary", self.boundary if isinstance(self.boundary, str) else kinds)
-        object.__setattr__(self, "num_basis", self.basis.num_basis)
+        object.__setattr__(self, "boundary", kinds if pair else self.boundary)
+        if self.kind == "fourier" and self.boundary != "periodic":
+            raise ValueError(
+                f"axis {self.name!r} of kind 'fourier' is periodic, and has no ends for {self.boundary!r}."
+            )
+        _ = self.basis  # which checks the sizes
 
     @property
     def basis(self) -> Basis:
         """Its functions."""
         if self.breakpoints is not None:
             return GradedBSpline(self.breakpoints, self.degree)
-        num_basis = None if self.kind == "bspline" else self.num_basis
-        sizes = {"num_cells": self.num_cells, "degree": self.degree, "num_basis": num_basis}
+        sizes = {"num_cells": self.num_cells, "degree": self.degree, "num_basis": self.num_basis}
         return make_basis(self.kind, float(self.low), float(self.high), **sizes)
 
     def coarsened(self) -> Axis:
         """The same with half the cells, or three quarters of the functions of a basis without cells."""
         if self.kind != "bspline":
-            return replace(self, num_basis=-(-3 * self.num_basis // 4))
+            num_basis = -(-3 * self.num_basis // 4)
+            return replace(self, num_basis=num_basis + (self.kind == "fourier" and num_basis % 2 == 0))
         if self.breakpoints is None:
-            return replace(self, num_cells=-(-self.num_cells // 2), num_basis=None)
+            return replace(self, num_cells=-(-self.num_cells // 2))
         edges = self.breakpoints
-        return replace(self, breakpoints=(*edges[:-1:2], edges[-1]), num_cells=None, num_basis=None)
+        return replace(self, breakpoints=(*edges[:-1:2], edges[-1]), num_cells=None)
 
     @property
     def ends(self) -> tuple[str, str]:

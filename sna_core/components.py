@@ -33,7 +33,7 @@ class ComponentSolver:
     """
 
     def __init__(self, form: QuadraticForm, factors: Sequence[Tensor]):
-        self.form, self.factors, self.damping = form, _balanced(factors), 1e-3
+        self.form, self.factors, self.damping = form, balanced(factors), 1e-3
 
     @property
     def rank(self) -> int:
@@ -42,7 +42,7 @@ class ComponentSolver:
 
     def value(self) -> float:
         """The form."""
-        return self._value(self.factors)
+        return self.value_of(self.factors)
 
     def sweep(self) -> None:
         """Minimises in the factors of each axis in turn."""
@@ -54,11 +54,11 @@ class ComponentSolver:
             right = self.form.right.contractions(self.factors)[i]
             self.factors[i] = self._solve_block(i, block, right, factor)
             grams[i] = self._gram(i, self.factors[i], self._images(i, self.factors[i]))
-        self.factors = _balanced(self.factors)
+        self.factors = balanced(self.factors)
 
     def newton_step(self, *, reduction: float = 0.1, max_steps: int = 60) -> None:
         """A damped Gauss-Newton step in all factors; the damping follows how well the form's model held."""
-        self.factors = _balanced(self.factors)
+        self.factors = balanced(self.factors)
         factors, value = self.factors, self.value()
         images = [self._images(i, factor) for i, factor in enumerate(factors)]
         grams = torch.stack([self._gram(i, factor, images[i]) for i, factor in enumerate(factors)])
@@ -89,7 +89,7 @@ class ComponentSolver:
 
             step = conjugate_gradients(product, precondition, slope, reduction=reduction, max_steps=max_steps)
             trial = [f + s for f, s in zip(factors, _split(step, factors), strict=True)]
-            gain = (value - self._value(trial)) / max(float(slope @ step), 1e-300)
+            gain = (value - self.value_of(trial)) / max(float(slope @ step), 1e-300)
             if gain > 0:
                 self.factors = trial
                 self.damping = max(1e-12, self.damping * (0.2 if gain > 0.75 else 1.0 if gain > 0.25 else 4.0))
@@ -97,7 +97,8 @@ class ComponentSolver:
             self.damping *= 10
         self.damping = 1e-3  # nothing but rounding is left to gain
 
-    def _value(self, factors: Sequence[Tensor]) -> float:
+    def value_of(self, factors: Sequence[Tensor]) -> float:
+        """The form at other factors; what cancels to less than a part in 10^16 of the constant is lost."""
         grams = [self._gram(i, factor, self._images(i, factor)) for i, factor in enumerate(factors)]
         quadratic = self.form.coefficients @ torch.stack(grams).prod(0).sum((1, 2))
         linear = (factors[0] * self.form.right.contractions(factors)[0]).sum()
@@ -160,6 +161,23 @@ class _Rest:
         return [a - b for a, b in zip(self.form.right.contractions(factors), found, strict=True)]
 
 
+def extended(
+    form: QuadraticForm,
+    factors: Sequence[Tensor],
+    count: int,
+    generator: torch.Generator | None = None,
+    *,
+    num_sweeps: int = NUM_SWEEPS,
+) -> list[Tensor]:
+    """With ``count`` more components, fitted to what the others leave over by alternation from a random start."""
+    rest = replace(form, right=_Rest(form, factors))
+    starts = [torch.randn(size, count, generator=generator, dtype=torch.float64) for size in form.sizes]
+    added = ComponentSolver(rest, [start / start.norm(dim=0) for start in starts])
+    for _ in range(num_sweeps):
+        added.sweep()
+    return [torch.cat(pair, 1) for pair in zip(factors, added.factors, strict=True)]
+
+
 def grow(
     form: QuadraticForm,
     rank: int,
@@ -199,13 +217,7 @@ def grow(
     value = form.constant
     while solver.rank < rank and (not solver.rank or value > goal):
         count = 1 if greedy else min(max(solver.rank, min(FIRST_RANK, rank)), rank - solver.rank)
-        rest = replace(form, right=_Rest(form, solver.factors), constant=value)
-        starts = [torch.randn(size, count, generator=generator, dtype=torch.float64) for size in form.sizes]
-        added = ComponentSolver(rest, [start / start.norm(dim=0) for start in starts])
-        for _ in range(NUM_SWEEPS):
-            added.sweep()
-        factors = [torch.cat(pair, 1) for pair in zip(solver.factors, added.factors, strict=True)]
-        solver = ComponentSolver(form, factors)
+        solver = ComponentSolver(form, extended(form, solver.factors, count, generator))
         value = solver.value()
         note(solver, value)
         for _ in range(0 if greedy else num_newton_steps):
@@ -218,7 +230,7 @@ def grow(
     return solver.factors
 
 
-def _balanced(factors: Sequence[Tensor]) -> list[Tensor]:
+def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
     """Each component's size shared equally among its factors."""
     norms = torch.stack([factor.norm(dim=0) for factor in factors]).clamp(min=1e-150)
     mean = norms.log().mean(0).exp()

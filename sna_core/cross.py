@@ -29,6 +29,7 @@ from sna_core.bspline import check_inside
 from sna_core.compression import Samples, chain, terms_of_train
 from sna_core.network import by_blocks, check_counts, pairwise_product
 from sna_core.spectral import ChebyshevBasis
+from sna_core.tensor_train import Train
 
 FIRST_NODES = 9
 NUM_LINES = 16  # through random points, and as many through the largest values: on these the nodes are chosen
@@ -192,7 +193,7 @@ def separate(
         points, largest = f.random_points(pivots), f.largest
         # Entries in units of the largest value, with weights that make sums of squares mean squares.
         scales = [_root_weights(n) / largest ** (1 / len(low)) for n in sizes]
-        train = [core * scale.unsqueeze(-1) for core, scale in zip(cores, scales, strict=True)]
+        train = Train(tuple(core * scale.unsqueeze(-1) for core, scale in zip(cores, scales, strict=True)))
         samples = Samples(_tables(f, scales, points), f(points))
         worst = samples.train_errors(train).topk(NUM_LINES).indices
         centers = torch.cat([pivots, points[worst]])

@@ -9,7 +9,6 @@ and preconditioners are diagonal.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from sna_core.forms import Components
 from sna_core.operators import Operator, Problem, Term, derivative
 
 EXTRA_POINTS = 5  # of quadrature in a cell, for coefficients that are no constants
+ROUNDING = 1e-12  # of the largest data: what counts as none
 COMPATIBLE = 1e-3  # of the largest value of the data: what boundary and initial data may disagree by where they meet
 
 
@@ -38,8 +38,9 @@ class Space:
         ValueError: If no function but zero satisfies the conditions.
     """
 
-    def __init__(self, axis: Axis, conditions: Sequence[tuple[str, int]]):
+    def __init__(self, axis: Axis, conditions: Sequence[tuple[str, int]], is_zero: Sequence[bool] = ()):
         self.axis, self.basis, self._where = axis, axis.basis, tuple(conditions)
+        self._is_zero = torch.tensor([*is_zero, *[False] * (len(conditions) - len(is_zero))], dtype=torch.bool)
         self.points, self.weights = gauss(self.basis, EXTRA_POINTS)
         none = torch.empty(0, self.basis.num_basis, dtype=torch.float64)
         self.conditions = torch.stack([self._row(*where) for where in self._where]) if conditions else none
@@ -72,9 +73,9 @@ class Space:
         return sum(c.unsqueeze(-1) * self.basis.dense(points, n) for n, c in enumerate(coefficients))
 
     def data(self, operator: Operator) -> Tensor:
-        """The coefficients (num_basis,) nearest in L2 to a function, among those that take its values in the conditions.
+        """The coefficients (num_basis,) nearest in L2 to a function, of those that take its values in the conditions.
 
-        Of these, values that are small beside the function's largest one count as zero.
+        Where a condition says zero, values that are small beside the function's largest one count as that.
         """
         target = operator.values(self.points)
         right = self.basis.dense(self.points).mT @ (self.weights * target)
@@ -83,10 +84,12 @@ class Space:
             composed = derivative(order) * operator if order else operator
             ends[n] = composed.coefficients(self._end(end))[0]
         scale = target.abs().amax() / (self.axis.high - self.axis.low) ** ends.new_tensor([o for _, o in self._where])
-        return self._constrained(self.gram(0), right, torch.where(ends.abs() <= COMPATIBLE * scale, 0.0, ends))
+        return self._constrained(
+            self.gram(0), right, torch.where(self._is_zero & (ends.abs() <= COMPATIBLE * scale), 0.0, ends)
+        )
 
     def lifts(self) -> Tensor:
-        """For each condition the smoothest function that takes one there and zero in the others: (conditions, num_basis).
+        """For each condition the smoothest function with one there and zero in the others: (conditions, num_basis).
 
         Of least energy of as high an order as there are conditions: the constant for one value, lines for two.
         """
@@ -154,7 +157,9 @@ class Discretisation:
 
     def __init__(self, problem: Problem, extra: Sequence[Term] = (), extra_source: Sequence[Term] = ()):
         self.problem = problem
-        self.spaces = [Space(axis, problem.conditions(axis)) for axis in problem.axes]
+        self.spaces = [
+            Space(axis, problem.conditions(axis), [not terms for terms in problem.data(axis)]) for axis in problem.axes
+        ]
         own = problem.separated(problem.operator)
         self.terms, self.num_own_terms = [*own, *extra], len(own)
         self.source = [*problem.separated(problem.source), *extra_source]
@@ -174,32 +179,25 @@ class Discretisation:
             factors.append(torch.stack(columns, 1) if columns else space.trial.new_zeros(space.basis.num_basis, 0))
         return Components(tuple(factors))
 
-    def full(self, solution: Components) -> Components:
-        """u = w + g in the axes' own bases, from w in the trial bases."""
-        own = Components(tuple(s.trial @ f for s, f in zip(self.spaces, solution.factors, strict=True)))
-        return own + self.lift
-
-    def norm(self, own: Components) -> float:
-        """In L2 over the box, of components in the axes' own bases."""
+    def lift_norm(self) -> float:
+        """Of g in L2 over the box."""
         roots = [torch.linalg.cholesky(space.gram(0)).mT for space in self.spaces]
-        return Components(tuple(r @ f for r, f in zip(roots, own.factors, strict=True))).norm()
+        return Components(tuple(root @ g for root, g in zip(roots, self.lift.factors, strict=True))).norm()
 
     def _lift(self) -> tuple[Components, float]:
         """Axis by axis a lift of what is left of its data; then what is left of all."""
         data = [
-            (i, n, self.components(terms))
+            (i, n, self.components(self.problem.separated(terms)))
             for i, space in enumerate(self.spaces)
             for n, terms in enumerate(self.problem.data(space.axis))
         ]
-        lift = self.components(())
-        lifts = {i: self.spaces[i].lifts() for i, _, _ in data}
-        for i in lifts:
-            lift = lift + reduce(
-                Components.__add__,
-                (self._at(i, lifts[i][n], self._rest(lift, j, n, wanted)) for j, n, wanted in data if j == i),
-            )
-        nothing = self.components(())
+        lift = nothing = self.components(())
         scale = max([1e-300, *(self._size(i, self._rest(nothing, i, n, wanted)) for i, n, wanted in data)])
+        for i, space in enumerate(self.spaces):
+            rests = [self._rest(lift, i, n, wanted) for j, n, wanted in data if j == i]
+            for rest, function in zip(rests, space.lifts() if rests else (), strict=True):
+                if self._size(i, rest) > ROUNDING * scale:
+                    lift = lift + self._at(i, function, rest)
         worst, where = max(
             ((self._size(i, self._rest(lift, i, n, wanted)) / scale, i) for i, n, wanted in data), default=(0.0, 0)
         )

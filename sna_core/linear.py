@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -10,8 +11,7 @@ import torch
 from torch import Tensor
 
 from sna_core.assembly import Residual
-from sna_core.components import grow
-from sna_core.forms import QuadraticForm, distance_to
+from sna_core.forms import QuadraticForm
 from sna_core.network import products_of_others
 from sna_core.ordering import best_order
 from sna_core.tensor_train import Train, TrainSolver
@@ -21,9 +21,11 @@ SWEEPS_PER_CUT = 2
 SETTLED = 1e-3  # relative fall of the residual from one cut to the next, below which more rank does not help:
 # squared errors add up, so that the solution is then within a twentieth of the residual of the best in these spaces
 SURE_FROM = 1e-3  # cuts that are coarser tell nothing about that
-SCOUT_CUT, SCOUT_RANK, SCOUT_STEPS = 3e-2, 16, 5  # the rough solution that the order of axes is chosen from
+SCOUT = ((3e-2, 16), (1e-2, 24), (3e-3, 40))  # cuts and ranks of the rough solution that the order is chosen from
+MAX_SCOUT_NUMEL = 2**18  # of that solution in its frames
 MAX_ORDERED_AXES = 10
-SINGULAR = 1e-13  # smallest quotient of the form, as a fraction of its largest, that is more than rounding
+SINGULAR = 1e-6  # smallest quotient of the form, as a fraction of the parts that cancel in it, that is not zero
+NOTHING = 1e-24  # of the largest part: what is itself no more than rounding, in squares
 
 Observer = Callable[[str, float], None]
 
@@ -89,13 +91,13 @@ def solve_linear(
         # A finer cut that leaves the ranks as they are tells nothing, unless they may not grow.
         full = solver.train.max_rank >= max_rank
         told = full or cut == CUTS[-1] or solver.train.ranks != ranks
-        settled = told and before - history[-1] <= SETTLED * before
+        settled = told and before < inf and before - history[-1] <= SETTLED * before
         before, ranks = history[-1], solver.train.ranks
         if settled and cut <= SURE_FROM:
             return LinearSolution(solver.train, order, cut, history, "rank" if full else "stagnation")
         if len(history) >= max_sweeps:
-            break
-    return LinearSolution(solver.train, order, cut, history, "max_sweeps")
+            return LinearSolution(solver.train, order, cut, history, "max_sweeps")
+    return LinearSolution(solver.train, order, cut, history, "stagnation")
 
 
 def _start(
@@ -108,17 +110,24 @@ def _start(
     if not 3 <= len(order) <= MAX_ORDERED_AXES:
         return order, train
     solver = TrainSolver(form, train)
-    for _ in range(2):
-        solver.sweep(SCOUT_CUT, SCOUT_RANK)
-    on_step("order of axes", residual.of_train(solver.cores, order))
-    rough = distance_to(solver.train, form.sizes, solver.train.norm() ** 2)
-    factors = grow(rough, SCOUT_RANK, num_newton_steps=SCOUT_STEPS, tolerance=SCOUT_CUT, generator=generator)
-    order = best_order(factors)
-    return order, Train.of_components([factors[i] for i in order]).rounded(SCOUT_CUT)
+    for cut, rank in SCOUT:
+        solver.sweep(cut, rank)
+        on_step("order of axes", residual.of_train(solver.cores, order))
+    while True:
+        frames, small = solver.train.frames(cut)
+        if math.prod(core.shape[1] for core in small.cores) <= MAX_SCOUT_NUMEL:
+            break
+        cut *= 2
+    values = small.tensor()
+    order = best_order(values, form.sizes, cut)
+    return order, Train.of_tensor(values.permute(order), cut).mapped([frames[i] for i in order])
 
 
 def check_determined(form: QuadraticForm, names: Sequence[str]) -> None:
     r"""Looks for a product w with :math:`\langle w, A w \rangle` next to zero, by alternation over its factors.
+
+    Zero is judged beside the parts that cancel in it: of functions on fine cells the form is large, of smooth ones it
+    may rightly be many orders smaller.
 
     Raises:
         ValueError: If there is one: the equations and their data then leave the solution undetermined.
@@ -126,10 +135,6 @@ def check_determined(form: QuadraticForm, names: Sequence[str]) -> None:
     factors = [torch.zeros(size, 1, dtype=torch.float64) for size in form.sizes]
     for factor in factors:
         factor[0] = 1.0  # the smoothest function
-    largest = sum(
-        c.abs() * torch.stack([m[s].norm() for m, s in zip(form.matrices, term, strict=True)]).prod()
-        for c, term in zip(form.coefficients, form.index, strict=True)
-    )
     smallest = torch.tensor(inf)
     for _ in range(3):
         for i in range(len(factors)):
@@ -139,12 +144,17 @@ def check_determined(form: QuadraticForm, names: Sequence[str]) -> None:
                     for j, (m, f) in enumerate(zip(form.matrices, factors, strict=True))
                 ]
             )
-            weight = form.by_matrix(i, products_of_others(along)[i])
-            matrix = torch.einsum("u,uab->ab", weight, form.matrices[i])
-            values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-            factors[i], smallest = vectors[:, :1], values[0]
-    if not smallest > SINGULAR * largest:
+            others = products_of_others(along)[i]
+            matrix = torch.einsum("u,uab->ab", form.by_matrix(i, others), form.matrices[i])
+            diagonals = form.matrices[i].diagonal(dim1=1, dim2=2).abs()
+            size = form.by_matrix(i, others.abs()) @ diagonals
+            scale = size.clamp(min=NOTHING * size.amax()).rsqrt()
+            values, vectors = torch.linalg.eigh(scale.unsqueeze(-1) * (matrix + matrix.mT) / 2 * scale)
+            vector = scale.unsqueeze(-1) * vectors[:, :1]
+            factors[i], smallest = vector / vector.norm(), values[0]
+    if not smallest > SINGULAR:
         raise ValueError(
-            f"the equations are singular: on axes {list(names)} there is a function other than zero that satisfies them "
-            "without source and data. Give an axis a 'dirichlet' end or initial data, or lower the number of functions."
+            f"the equations are singular or indefinite: a function of {list(names)} other than zero satisfies them "
+            "without source and data. Give an axis a 'dirichlet' end or initial data, lower the number of functions, "
+            "or use method='least_squares'."
         )

@@ -73,12 +73,13 @@ class Operator:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             found = [torch.ones_like(x)]
-            for factor in reversed(self.factors):
+            for n, factor in reversed(list(enumerate(self.factors))):
                 if isinstance(factor, int):
                     for _ in range(factor):
                         found = [a + b for a, b in zip([*map(_slope(x), found), 0.0], [0.0, *found], strict=True)]
                 else:
-                    values = _values_of(factor, x)
+                    differentiated = any(isinstance(left, int) for left in self.factors[:n])
+                    values = _values_of(factor, x if differentiated else x.detach())
                     found = [values * c for c in found]
         return [c.detach() for c in found]
 
@@ -123,7 +124,8 @@ class Term:
     """A coefficient times an operator on each axis; on axes that are not named, the identity.
 
     Args:
-        coefficient: A number, or a function whose arguments are named after axes.
+        coefficient: A number, or a function whose arguments are named after axes (those with a default are left
+            alone). It stands to the left of all derivatives.
         **operators: By the name of the axis.
 
     Raises:
@@ -158,7 +160,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Product:
-    """The product (P u)(Q u) of two terms applied to the unknown: ``Product(Term(), Term(x=derivative(1)))`` is u u_x."""
+    """The product (P u)(Q u) of two terms in the unknown: ``Product(Term(), Term(x=derivative(1)))`` is u u_x."""
 
     left: Term
     right: Term
@@ -197,16 +199,19 @@ class Problem:
     compression: float = 1e-8
 
     def __post_init__(self):
+        if not all(isinstance(axis, Axis) for axis in self.axes):
+            raise ValueError(f"axes = {self.axes!r}; expected a list of Axis.")
         names = self.names
         if not names or len(set(names)) < len(names):
             raise ValueError(f"the axes are named {names}; expected at least one, each with a name of its own.")
-        if not self.operator:
-            raise ValueError("the operator has no terms; give at least one Term.")
         for what, terms in (
             ("the operator", self.operator),
             ("the nonlinear part", [t for product in self.nonlinear for t in (product.left, product.right)]),
         ):
+            _check_terms(what, terms)
             self._check_names(what, set().union(*(term.names for term in terms)))
+        if not self.operator:
+            raise ValueError("the operator has no terms; give at least one Term.")
         self._check_data("the source", self.source, set(names))
         for name, ends in self.boundary.items():
             self._check_names("boundary", {name})
@@ -226,6 +231,11 @@ class Problem:
                 raise ValueError(
                     f"initial[{name!r}] is given and axis {name!r} has boundary {self.axis(name).boundary!r}; an axis "
                     "with initial data is 'free'."
+                )
+            if isinstance(data, tuple) and len(data) != 2:
+                raise ValueError(
+                    f"initial[{name!r}] has {len(data)} parts; expected a list of Terms, or a pair of such: the value "
+                    "and its derivative."
                 )
             for terms in data if isinstance(data, tuple) else (data,):
                 self._check_data(f"initial[{name!r}]", terms, set(names) - {name})
@@ -304,8 +314,7 @@ class Problem:
 
     def _check_data(self, what: str, terms: Source, allowed: set[str]) -> None:
         terms = [Term(terms)] if callable(terms) else terms
-        if not all(isinstance(term, Term) for term in terms):
-            raise ValueError(f"{what} = {terms!r}; expected a list of Terms.")
+        _check_terms(what, terms)
         for term in terms:
             self._check_names(what, term.names)
             if term.names - allowed:
@@ -317,17 +326,38 @@ class Problem:
         order, conditions = self.order(axis), self.conditions(axis)
         if axis.kind == "bspline" and any(n > axis.degree for _, n in conditions):
             raise ValueError(f"axis {axis.name!r} has degree {axis.degree}, too low for a condition on a derivative.")
-        if axis.ends == ("periodic", "periodic") or len(conditions) >= order:
+        if axis.ends == ("periodic", "periodic") or len(conditions) == order:
             return
-        missing = f"initial={{{axis.name!r}: [...]}}" if order == 1 else "a boundary at both ends"
+        if len(conditions) > order:
+            if self.nonlinear or not order:  # the solution itself says what flows in; or there is nothing to overrule
+                return
+            raise ValueError(
+                f"axis {axis.name!r} has {len(conditions)} conditions and derivatives of order {order} at most; leave "
+                "an end 'free'."
+            )
+        name = axis.name
+        missing = (
+            f"initial={{{name!r}: [...]}} or a boundary at one end"
+            if order == 1
+            else f"a boundary at both ends, or initial={{{name!r}: (value, derivative)}}"
+        )
         raise ValueError(
             f"the operator has a derivative of order {order} along axis {axis.name!r}, which has {len(conditions)} "
             f"conditions; give {missing}."
         )
 
 
+def _check_terms(what: str, terms: Sequence[Term]) -> None:
+    if not isinstance(terms, Sequence) or not all(isinstance(term, Term) for term in terms):
+        raise ValueError(f"{what} = {terms!r}; expected a list of Terms.")
+
+
 def _argument_names(function: Function) -> list[str]:
-    return list(inspect.signature(function).parameters)
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError as error:
+        raise ValueError(f"{function!r} does not name its arguments; wrap it in a lambda that names axes.") from error
+    return [p.name for p in parameters if p.default is inspect.Parameter.empty]
 
 
 def _values_of(function: Function, x: Tensor) -> Tensor:
@@ -346,6 +376,10 @@ def _slope(x: Tensor) -> Callable[[Tensor], Tensor]:
 
     def slope(values: Tensor) -> Tensor:
         if not values.requires_grad:
+            if (values != values[:1]).any():
+                raise ValueError(
+                    "the derivative of a coefficient is needed, which autograd does not see; write f(x) in torch."
+                )
             return torch.zeros_like(x)
         (found,) = torch.autograd.grad(values.sum(), x, create_graph=True, allow_unused=True)
         return torch.zeros_like(x) if found is None else found

@@ -21,7 +21,7 @@ from sna_core.components import ComponentSolver, grow
 from sna_core.discretisation import Discretisation, Space
 from sna_core.field import DECOMPOSITIONS
 from sna_core.forms import Components, QuadraticForm, distance_to
-from sna_core.linear import LinearSolution, Observer, check_determined, solve_linear
+from sna_core.linear import SETTLED, LinearSolution, Observer, check_determined, solve_linear
 from sna_core.nonlinear import linearised
 from sna_core.operators import Problem
 from sna_core.tensor_train import Train
@@ -29,16 +29,18 @@ from sna_core.tensor_train import Train
 METHODS = ("auto", "least_squares", "galerkin", "components")
 DEFAULT_RANK = 16
 MAX_TRAIN_RANK = 120
+ROUGH = 0.1  # the residual of a differential equation beyond which its solution is none
 SHORT = 1.1  # a sum of products whose residual is so many times the train's has too few components
 ROUNDING = 3e-8  # relative distances below it are lost in the squares that they are computed from
 NUM_POLISH = 20  # Gauss-Newton steps after frames are cut
 DIRECT_UP_TO = 400  # parts of a residual whose norm is computed without squares
-SAME = 1e-13  # relative: what a train's ranks are cut to when the lift is added
+LIFT_CUT = 1e-13  # relative: what ranks are cut to when the lift is added
 REASONS = {
     "tolerance": "tolerance met",
     "stagnation": "limit of these axes reached (more cells lower it)",
     "rank": "too few components for what these axes allow (raise the rank)",
     "max_sweeps": "sweeps used up before the end",
+    "newton": "Newton's steps did not settle (add cells or viscosity)",
 }
 ROUGH_RANK, ROUGH_CUT = 6, 3e-2  # of the function in Newton's derivative
 ABOUT_RANK, ABOUT_CUT = 24, 1e-4  # of the function that products are linearised about
@@ -50,9 +52,10 @@ class SolveReport:
     """How a solution was found and how good it is.
 
     Attributes:
-        converged: Whether the tolerance is met, or the splines' own limit.
+        converged: Whether the tolerance is met, or the axes' own limit, and the differential equation holds to a tenth.
         stopped_by: ``"tolerance"``; ``"stagnation"``, where the residual is what these axes cannot lower: add cells;
-            ``"rank"``, where components are too few for what the axes allow: raise the rank; or ``"max_sweeps"``.
+            ``"rank"``, where components are too few for what the axes allow: raise the rank; ``"max_sweeps"``; or
+            ``"newton"``, where the steps of a nonlinear problem did not settle.
         residual: Of the equations that are solved, as a fraction of their largest part: of least squares the norm over
             the box of what is left of the differential equation, of Galerkin's method that of the discrete equations.
         equation_residual: The first of these in any case; None where the degrees do not carry it.
@@ -141,6 +144,8 @@ def solve(
             raise ValueError(f"{name} = {value!r}; expected a number of at least {least}.")
     if problem.nonlinear and method in ("galerkin", "components"):
         raise ValueError(f"method = {method!r} takes linear problems; solve this one by method='least_squares'.")
+    if method == "components" and decomposition == "tensor_train":
+        raise ValueError("method = 'components' makes no tensor train; take decomposition='cp', or another method.")
     begun = time.perf_counter()
     discretisation = Discretisation(problem)
     lift, is_train = discretisation.lift, decomposition == "tensor_train"
@@ -200,7 +205,7 @@ class _Kept:
             train = self.train.mapped([spaces[i].trial for i in order])
             train = train + Train.of_components([lift.factors[i] for i in order]) if lift.rank else train
             roots = [torch.linalg.cholesky(spaces[i].gram(0)).mT for i in order]
-            train = train.mapped(roots).rounded(SAME).mapped([torch.linalg.inv(root) for root in roots])
+            train = train.mapped(roots).rounded(LIFT_CUT).mapped([torch.linalg.inv(root) for root in roots])
             cores, rank = train.cores, train.max_rank
         else:
             frames = self.frames or [torch.eye(space.dimension, dtype=torch.float64) for space in spaces]
@@ -211,8 +216,10 @@ class _Kept:
                 summed = Components(tuple(o @ f for o, f in zip(own, self.factors, strict=True))) + lift
                 factors, frames = summed.factors, ()
             rank = factors[0].shape[1]
+        differs = self.equation_residual is not None and self.equation_residual != self.residual
+        equation = f", of the differential equation {self.equation_residual:.2g}" if differs else ""
         report = SolveReport(
-            converged=self.stopped_by in ("tolerance", "stagnation"),
+            converged=self.stopped_by in ("tolerance", "stagnation") and (self.equation_residual or 0.0) <= ROUGH,
             stopped_by=self.stopped_by,
             residual=self.residual,
             equation_residual=self.equation_residual,
@@ -224,7 +231,7 @@ class _Kept:
             num_newton_steps=self.num_newton_steps,
             incompatibility=discretisation.incompatibility,
             seconds=seconds,
-            message=f"{REASONS[self.stopped_by]} at a relative residual of {self.residual:.2g}, with rank {rank}.",
+            message=f"{REASONS[self.stopped_by]}; relative residual {self.residual:.2g}{equation}, rank {rank}.",
         )
         return Solution(decomposition, order, factors, frames, cores, report)
 
@@ -279,7 +286,7 @@ class _Run:
                 self._own(spaces, before, rank, cut) + lift
                 for rank, cut in ((ROUGH_RANK, ROUGH_CUT), (ABOUT_RANK, max(ABOUT_CUT, ROUGH_CUT * change)))
             )
-        solved.found = replace(solved.found, stopped_by="max_sweeps")
+        solved.found = replace(solved.found, stopped_by="newton")
         return solved
 
     def _own(self, spaces: Sequence[Space], found: LinearSolution, rank: int, tolerance: float) -> Components:
@@ -324,16 +331,19 @@ class _Run:
         """Components that grow on the residual itself."""
         form, residual = least_squares(discretisation)
         check_determined(form, discretisation.problem.names)
-        history = []
+        history, by_rank = [], {0: inf}
 
         def note(rank: int, value: float) -> None:
             history.append(value * form.constant**0.5 / residual.scale)
+            by_rank[rank] = history[-1]
             self.on_step(f"components, rank {rank}", history[-1])
 
         goal = self.tolerance * residual.scale / max(form.constant, 1e-300) ** 0.5
         factors = grow(form, rank, tolerance=goal, generator=self.generator, on_step=note)
-        last = history[-1] if history else 0.0
-        return _Kept(last, last, "tolerance" if last <= self.tolerance else "rank", history, factors=factors)
+        *_, before, last = [0.0, *by_rank.values()]
+        settled = before - last <= SETTLED * before < inf
+        reason = "tolerance" if last <= self.tolerance else "stagnation" if settled else "rank"
+        return _Kept(last, last, reason, history, factors=factors)
 
     def _components(
         self, found: LinearSolution, rank: int, tolerance: float
@@ -360,7 +370,6 @@ class _Run:
         coarse, small = found.train.frames(max(distance / 3, found.cut / 10))
         coarse = found.in_problem_order(coarse)
         factors = [c.mT @ frame @ f for c, frame, f in zip(coarse, frames, factors, strict=True)]
-        small = Train(tuple(small.cores))
         form = _distance(small, found.train.norm())
         solver = ComponentSolver(form, [factors[axis] for axis in found.order])
         for _ in range(NUM_POLISH if distance else 0):
@@ -379,7 +388,7 @@ def _joined_frames(frame: Tensor, factor: Tensor, lift: Tensor) -> tuple[Tensor,
     """Components in a frame, and others beside them, in one frame of independent functions: factors and frame."""
     both = torch.cat([frame, lift / lift.norm(dim=0).clamp(min=1e-300)], 1)
     u, sizes, _ = torch.linalg.svd(both, full_matrices=False)
-    u = u[:, sizes > SAME * sizes[0]]
+    u = u[:, sizes > LIFT_CUT * sizes[0]]
     return torch.cat([u.mT @ frame @ factor, u.mT @ lift], 1), u
 
 

@@ -5,8 +5,8 @@ r"""Tensor trains that minimise a quadratic form, by alternation over pairs of n
 
 With all cores but two neighbours held, and those before and behind orthonormal, the form is quadratic in the product of
 the two. Its minimum is found by conjugate gradients and cut to the rank that a tolerance in L2 asks for (S. R. White,
-Phys. Rev. Lett. 69 (1992); S. Holtz, T. Rohwedder and R. Schneider, SIAM J. Sci. Comput. 34 (2012)). Work and memory are
-linear in the number of axes.
+Phys. Rev. Lett. 69 (1992); S. Holtz, T. Rohwedder and R. Schneider, SIAM J. Sci. Comput. 34 (2012)). Work and memory
+are linear in the number of axes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,27 @@ class Train:
         if len(cores) == 1:
             cores = [factors[0].sum(1).view(-1, 1, 1)]
         return cls(tuple(core.transpose(0, 1).contiguous() for core in cores))
+
+    @classmethod
+    def of_tensor(cls, values: Tensor, tolerance: float) -> Train:
+        """A tensor with a dimension for each axis, within the tolerance, a fraction of the norm.
+
+        By one singular value decomposition after another (I. V. Oseledets, SIAM J. Sci. Comput. 33 (2011)).
+        """
+        cores, rest, rank = [], values, 1
+        share = tolerance / max(1, values.ndim - 1) ** 0.5
+        for size in values.shape[:-1]:
+            u, sizes, v = _cut(rest.reshape(rank * size, -1), share)
+            cores.append(u.view(rank, size, -1))
+            rest, rank = sizes.unsqueeze(-1) * v, len(sizes)
+        return cls((*cores, rest.reshape(rank, -1, 1)))
+
+    def tensor(self) -> Tensor:
+        """All values, a dimension for each axis; for small ones."""
+        full = self.cores[0]
+        for core in self.cores[1:]:
+            full = torch.tensordot(full, core, 1)
+        return full.reshape(full.shape[1:-1])
 
     @property
     def ranks(self) -> list[int]:

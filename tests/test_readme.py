@@ -1,6 +1,7 @@
 """README's snippets run as written, and what its commands and links name exists."""
 
 import importlib.util
+import math
 import re
 import shlex
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_snippets_run_as_written(tmp_path, monkeypatch):
     tiny("runs/text/model", 3)
 
     snippets = fences("python")
-    assert len(snippets) == 6
+    assert len(snippets) == 7
     namespace = {}
     for number, snippet in enumerate(snippets):
         # The README is ours, and running what it says is the point of this test.
@@ -65,6 +66,8 @@ def test_snippets_run_as_written(tmp_path, monkeypatch):
     assert isinstance(namespace["embedding"], torch.nn.Module)
     assert namespace["found"].converged.any()
     assert namespace["score"] > 0.9
+    mean = 2 / math.pi * math.exp(-0.005 * math.pi**2)  # over x, at t = 1
+    assert namespace["cooling"](torch.ones(1, 1)).item() == pytest.approx(mean, abs=1e-6)
     assert type(namespace["llama"]).__name__ == "LlamaForCausalLM"
 
 

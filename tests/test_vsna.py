@@ -190,8 +190,8 @@ def test_a_checkpoint_of_another_form_raises(tmp_path):
         VsnaModel.from_pretrained(
             tmp_path, config=VsnaConfig(axes=SETTINGS, rank=2, decomposition="tensor_train", axis_order=[1, 0, 2])
         )
+    more = [SETTINGS[0], SETTINGS[2], {"name": "t", "low": 0, "high": 1}, {"name": "y", "low": 0, "high": 1}]
     with pytest.raises(ValueError, match="axis 'y' has no coefficients in the checkpoint"):
-        more = [SETTINGS[0], SETTINGS[2], {"name": "t", "low": 0, "high": 1}, {"name": "y", "low": 0, "high": 1}]
         VsnaModel.from_pretrained(tmp_path, config=VsnaConfig(axes=more, rank=2))
     with pytest.raises(ValueError, match="for which the config has no axis"):
         VsnaModel.from_pretrained(tmp_path, config=VsnaConfig(axes=SETTINGS[:2], rank=2))
@@ -341,7 +341,7 @@ def test_changed_degree_of_as_many_functions_is_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["axes"][0] |= {"degree": config["axes"][0]["degree"] - 1, "num_cells": config["axes"][0]["num_cells"] + 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="axis 'x' has .num_cells, degree, num_basis."):
+    with pytest.raises(ValueError, match="axis 'x' is not the one"):
         VsnaModel.from_pretrained(tmp_path)
 
 

@@ -17,7 +17,7 @@ import torch
 
 PACKAGES = (
     *("leviathan-sna", "torch", "transformers", "accelerate", "datasets", "numpy"),
-    *("scikit-learn", "xgboost-cpu", "pykan", "pyinn", "scikit-fem", "PyWavelets"),
+    *("scikit-learn", "xgboost-cpu", "pykan", "pyinn", "scikit-fem", "torchTT", "PyWavelets"),
 )
 
 

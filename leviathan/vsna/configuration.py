@@ -34,6 +34,7 @@ class VsnaConfig(PreTrainedConfig):
             one axis x from 0 to 1.
         decomposition: ``"cp"``, a sum of products; ``"tucker"``, one in reduced bases; or ``"tensor_train"``.
         rank: Number of components, of a train the largest inner rank.
+        max_rank: Largest that a solve may use; None for ``rank``, which a solve replaces by what it found.
         train_ranks: The inner ranks of a train, one less than there are axes; None for ``rank``.
         frame_sizes: Size of each axis's reduced basis, for ``"tucker"`` alone; None for at most ``rank``.
         axis_order: The axis of each core of a train; None for the order of the axes.
@@ -56,6 +57,7 @@ class VsnaConfig(PreTrainedConfig):
     axes: list[dict] | None = None
     decomposition: Literal["cp", "tucker", "tensor_train"] = "cp"
     rank: int = 8
+    max_rank: int | None = None
     train_ranks: list[int] | None = None
     frame_sizes: list[int] | None = None
     axis_order: list[int] | None = None
@@ -64,6 +66,7 @@ class VsnaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.axes = [{"name": "x", "low": 0.0, "high": 1.0}] if self.axes is None else self.axes
         self.dtype = "float64" if self.dtype is None else self.dtype  # what a solve is worth needs more than float32
+        self.max_rank = self.rank if self.max_rank is None else self.max_rank
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -83,13 +86,13 @@ class VsnaConfig(PreTrainedConfig):
             if given is not None and len(given) != length:
                 takes = "none" if length is None else f"{length} numbers"
                 raise ValueError(f"{name} = {given}; decomposition = {self.decomposition!r} takes {takes} here.")
-        check_counts(rank=self.rank)
+        check_counts(rank=self.rank, max_rank=self.max_rank)
         for name in ("train_ranks", "frame_sizes"):
             check_counts(**{f"{name}[{i}]": size for i, size in enumerate(getattr(self, name) or ())})
         for axis, size in zip(axes, self.frame_sizes or (), strict=False):
-            if size > axis.num_basis:
+            if size > axis.basis.num_basis:
                 raise ValueError(
-                    f"axis {axis.name!r} has a frame of {size}; expected at most its {axis.num_basis} functions."
+                    f"axis {axis.name!r} has a frame of {size}; expected at most its {axis.basis.num_basis} functions."
                 )
         if self.axis_order is not None and sorted(self.axis_order) != list(range(num_axes)):
             raise ValueError(f"axis_order = {self.axis_order}; expected each number from 0 to {num_axes - 1} once.")
@@ -121,7 +124,7 @@ class VsnaConfig(PreTrainedConfig):
     @property
     def reduced_sizes(self) -> list[int]:
         """Of the reduced bases: ``frame_sizes``, completed."""
-        return self.frame_sizes or [min(self.rank, axis.num_basis) for axis in self.problem_axes]
+        return self.frame_sizes or [min(self.rank, axis.basis.num_basis) for axis in self.problem_axes]
 
     @classmethod
     def for_problem(cls, problem: Problem, rank: int = 8, decomposition: str = "cp", **options: Any) -> "VsnaConfig":
@@ -143,8 +146,6 @@ def axis_settings(axes: Sequence[Axis]) -> list[dict[str, Any]]:
     for axis in axes:
         found = {name: value for name, value in asdict(axis).items() if value is not None}
         found = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
-        if axis.kind == "bspline":
-            del found["num_basis"]  # follows from the cells
         settings.append(found)
     return settings
 

@@ -17,6 +17,8 @@ arXiv 2603.12244, "Variational learning".
 """
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -32,7 +34,7 @@ from sna_core.field_table import FieldTable
 from sna_core.operators import Problem
 from sna_core.solve import Solution, SolveReport, solve
 
-from .configuration import VsnaConfig
+from .configuration import VsnaConfig, axis_settings
 from .domain import inside
 from .estimate import ErrorEstimate, compare
 from .observations import ParameterFit, fit_parameters
@@ -55,9 +57,7 @@ class VsnaModel(PreTrainedModel):
     def __init__(self, config: VsnaConfig):
         super().__init__(config)
         self.field = _empty_field(config)
-        self.register_buffer(
-            "resolution", torch.tensor(_resolution(config))
-        )  # tells degrees from cells in a checkpoint
+        self.register_buffer("signatures", torch.tensor(_signatures(config)))
         self.post_init()
 
     @torch.no_grad()
@@ -96,18 +96,18 @@ class VsnaModel(PreTrainedModel):
                 "that the field was solved with. Solve the problem again for others."
             )
         for axis, found, expected in zip(
-            model.config.problem_axes, model.resolution.tolist(), _resolution(model.config), strict=True
+            model.config.problem_axes, model.signatures.tolist(), _signatures(model.config), strict=True
         ):
             if found != expected:
                 raise ValueError(
-                    f"axis {axis.name!r} has [num_cells, degree, num_basis] = {found} in the checkpoint and {expected} "
-                    "by its config; expected those that the field was solved with. Solve the problem again for others."
+                    f"axis {axis.name!r} is not the one that the field was solved on; its interval, cells, degree, "
+                    "kind and boundary have to be the same. Solve the problem again for others."
                 )
         return (model, info) if output_loading_info else model
 
     def _axis_of(self, key: str) -> str:
         """In words, the axis whose coefficients a parameter of this name holds."""
-        if key == "resolution":
+        if key == "signatures":
             return "the box"
         return f"axis {self.config.names[self.config.core_order[int(key.rpartition('.')[2])]]!r}"
 
@@ -126,7 +126,7 @@ class VsnaModel(PreTrainedModel):
         Args:
             problem: With the axes of the config.
             tolerance: Relative residual at which to stop.
-            rank: Largest number of components, or inner rank of a train; None is the config's.
+            rank: Largest number of components, or inner rank of a train; None is the config's ``max_rank``.
             seed: Of random starts.
             progress: Whether to show a bar.
             **options: ``method`` and ``max_sweeps`` of [`sna_core.solve.solve`].
@@ -135,6 +135,8 @@ class VsnaModel(PreTrainedModel):
             ValueError: If the problem has other axes, or it cannot be solved as asked for.
         """
         self._check_axes(problem)
+        if self.dtype != torch.float64:
+            raise ValueError(f"the model is {self.dtype}; a solve needs float64: convert by model.double() first.")
         with tqdm(unit=" steps", disable=not progress) as bar:
 
             def on_step(stage: str, residual: float) -> None:
@@ -145,7 +147,7 @@ class VsnaModel(PreTrainedModel):
             solution = solve(
                 problem,
                 decomposition=self.config.decomposition,
-                rank=self.config.rank if rank is None else rank,
+                rank=self.config.max_rank if rank is None else rank,
                 tolerance=tolerance,
                 generator=torch.Generator().manual_seed(seed),
                 on_step=on_step,
@@ -205,7 +207,7 @@ class VsnaModel(PreTrainedModel):
             ValueError: As :meth:`solve`.
         """
         coarse = replace(problem, axes=[axis.coarsened() for axis in problem.axes])
-        settings = {"rank": self.config.rank, "decomposition": self.config.decomposition}
+        settings = {"rank": self.config.max_rank, "decomposition": self.config.decomposition}
         model = VsnaModel(VsnaConfig.for_problem(coarse, **settings))
         model.solve(coarse, seed=seed, progress=progress, **options)
         with torch.no_grad():
@@ -404,10 +406,10 @@ class VsnaModel(PreTrainedModel):
         )
 
 
-def _resolution(config: VsnaConfig) -> list[list[int]]:
-    """Cells, degree and functions of each axis; -1 for what a basis without cells does not have."""
-    sizes = ([axis.num_cells, axis.degree, axis.num_basis] for axis in config.problem_axes)
-    return [[-1 if size is None else size for size in axis] for axis in sizes]
+def _signatures(config: VsnaConfig) -> list[int]:
+    """A number for each axis that tells it from others."""
+    texts = (json.dumps(settings, sort_keys=True) for settings in axis_settings(config.problem_axes))
+    return [int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") for text in texts]
 
 
 def _empty_field(config: VsnaConfig) -> SeparableField:
