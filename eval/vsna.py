@@ -23,22 +23,22 @@ from eval.vsna_targets import targets
 from training.provenance import provenance, write_json
 
 NAME = "vsna.json"
-_TINY = {"num_cells": 6, "max_sweeps": 3, "t": 2, "omega": 2, "D": 2}
+_TINY = {"num_cells": 4, "max_sweeps": 3, "t": 1, "omega": 1, "D": 1}
 _TINY_LASER = {"x": 6, "y": 3, "z": 3, "t": 3, "speed": 1, "shape": 1}
 SMALL: dict[str, dict[str, Any]] = {
     "convergence": {"degrees": (2,), "cells": (4, 8), "heat_degrees": (), "heat_cells": (), "functions": (6, 8)},
     "frontier": {
-        "ranks": {4: (2,), 6: (2, 3)},
-        "tucker_ranks": (3,),
+        "ranks": {2: (1,), 4: (1, 2)},
+        "tucker_ranks": (2,),
         "seeds": (0, 1),
-        "repeated_up_to": 2,
+        "repeated_up_to": 1,
         "cuts": (0.3,),
         "max_sweeps": 3,
-        "t": 2,
-        "omega": 2,
-        "D": 2,
+        "t": 1,
+        "omega": 1,
+        "D": 1,
     },
-    "plume": {**_TINY, "rank": 3, "num_points": 12, "num_stacked": 2},
+    "plume": {**_TINY, "rank": 2, "num_points": 12, "num_stacked": 2},
     "peers": {
         "sizes": {
             "heat": PeerSizes({"x": 6, "t": 3, "nu": 1}, (1e-1,), (1e-1,), 10, (1, 2), 2, 0.2),
@@ -49,7 +49,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "speed": {
         **_TINY,
-        "rank": 3,
+        "rank": 2,
         "heat_grids": {1: ((8, 4),), 2: ((8, 4),)},
         "plume_grids": {1: ((4, 2),)},
         "heat_rank": 3,

@@ -223,7 +223,8 @@ their error is measured at {peers["num_samples"]:,} random points.
 ## Speed of a query
 
 A query is the whole field of space and time for one set of parameters. To finite elements it is a solve, which gives
-values at all nodes at all steps; of the field it is its values at as many points, in double precision.
+values at all nodes at all steps; of the field it is its values there, in double precision, by products of matrices.
+The elements' solvers are made for these boxes (`training/elements.py`).
 
 {_listed_lines(speed_up_words(speed_ups))}
 

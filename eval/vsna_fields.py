@@ -90,16 +90,22 @@ class SolvedField:
 @torch.no_grad()
 def on_grid(functions: Sequence[Tensor], order: Sequence[int]) -> Tensor:
     """Values on a tensor grid (n_1, ..., n_d), axis by axis of the problem, from :meth:`SolvedField.functions`."""
-    if functions[0].ndim == 2:
-        product = functions[0]
-        for values in functions[1:-1]:
-            product = (product.unsqueeze(1) * values).flatten(0, 1)
-        return (product @ functions[-1].mT).view([len(values) for values in functions])
-    product = functions[0].new_ones(1, 1)
-    for values in functions:
-        product = torch.tensordot(product, values, 1).flatten(0, 1)
+    is_train = functions[0].ndim == 3
+    sizes = [values.shape[-2] for values in functions]
+    # Two halves, of which one product of matrices is left: as few numbers as can be before it.
+    cut = min(range(len(sizes) + 1), key=lambda k: math.prod(sizes[:k]) + math.prod(sizes[k:]))
+    rank = 1 if is_train else functions[0].shape[1]
+    left, right = functions[0].new_ones(1, rank), functions[0].new_ones(1, rank)  # (points, rank)
+    for values in functions[:cut]:
+        left = torch.tensordot(left, values, 1) if is_train else left.unsqueeze(1) * values
+        left = left.flatten(0, 1)
+    for values in functions[: cut - 1 if cut else None : -1]:
+        if is_train:
+            right = torch.einsum("rns,qs->nqr", values, right).flatten(0, 1)
+        else:
+            right = (values.unsqueeze(1) * right).flatten(0, 1)
     places = [order.index(axis) for axis in range(len(order))]
-    return product.view([values.shape[1] for values in functions]).permute(places)
+    return (left @ right.mT).view(sizes).permute(places)
 
 
 @torch.no_grad()

@@ -27,7 +27,8 @@ LOOKS = {
     "amen": ("#009E73", "^", "torchTT, AMEn"),
     "pinn": ("#CC79A7", "v", "network (PINN) of equal parameters"),
     "greedy": ("#7f7f7f", "P", "greedy sum of products (PGD)"),
-    "field": ("#D55E00", "*", "VSNA, values at as many points"),
+    "field": ("#D55E00", "*", "VSNA, the same nodes and times"),
+    "scattered": ("#E69F00", "*", "VSNA, as many random points"),
     "P1": ("#56B4E9", "^", "scikit-fem, degree 1, one solve"),
     "P2": ("#009E73", "v", "scikit-fem, degree 2, one solve"),
 }
@@ -79,7 +80,7 @@ def draw_convergence(figure: FigureBase, part: Record) -> None:
         panels[-1].semilogy(*points, color=colour, linestyle=style, marker=marker, markersize=4, label=words)
     panels[-1].set(title="spectral axes", xlabel="functions along each axis")
     panels[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    panels[-1].legend(loc="lower left", fontsize=8)
+    panels[-1].legend(loc="upper right", fontsize=8)
     panels[0].set_ylabel(ERROR)
 
 
@@ -146,10 +147,10 @@ def draw_speed(figure: FigureBase, rows: Sequence[Record]) -> None:
     axes = figure.subplots(1, len(problems), squeeze=False)[0]
     handles = {}
     for ax, problem in zip(axes, problems, strict=True):
-        for method in ("P1", "P2", "field"):
+        for method in ("P1", "P2", "field", "scattered"):
             curve = [row for row in rows if (row["problem"], row["method"]) == (problem, method)]
             colour, marker, words = LOOKS[method]
-            style = {"linestyle": "none", "markersize": 12} if method == "field" else {"markersize": 6}
+            style = {"markersize": 6} if method in ("P1", "P2") else {"linestyle": "none", "markersize": 12}
             points = [[row[key] for row in curve] for key in ("seconds", "relative_l2")]
             (handles[words],) = ax.loglog(*points, color=colour, marker=marker, **style)
         ax.set(title=named(problem), xlabel="time of a query [s]")

@@ -26,6 +26,7 @@ from training.vsna_problems import build
 from training.vsna_references import heat, poisson_ridge
 
 TOLERANCE = 1e-12  # of solves whose error is to be that of the axes
+COMPRESSION = 1e-12  # of their sources: the least that there is
 MAX_RANK = 120
 NUM_FITTED = 3  # sizes, the largest ones, that a slope is fitted to
 ROUNDED = 1e-12  # errors below this are rounding, and tell no rate
@@ -33,7 +34,7 @@ RECORD = "record.json"  # beside a model
 MAX_SWEEPS = 9  # of the plume's trains: two at each cut down to 1e-5, one at the next
 CELLS, CP_RANK = 32, 200  # of the plume's sum of products
 FORMS = ("cp", "tucker", "tensor_train")
-FRONTIER_RANKS = {16: (10, 20, 40), 24: (10, 20, 40, 80), 32: (10, 20, 40, 80, 160, 200)}
+FRONTIER_RANKS = {16: (10, 20), 24: (20, 40, 80), 32: (40, 80, 160, 200)}
 REFERENCE = "plume_reference.safetensors"
 SLICES = "plume.safetensors"
 SLICE_TIMES = (0.0, 0.5, 1.0)
@@ -131,7 +132,7 @@ def convergence_part(
 def _spectral(problem: Problem, kind: str, num_basis: int) -> Problem:
     """The same problem with other functions along all axes."""
     axes = [Axis(a.name, a.low, a.high, boundary=a.boundary, kind=kind, num_basis=num_basis) for a in problem.axes]
-    return dataclasses.replace(problem, axes=axes)
+    return dataclasses.replace(problem, axes=axes, compression=COMPRESSION)
 
 
 def periodic_problem(num_basis: int) -> Problem:
@@ -146,7 +147,7 @@ def periodic_problem(num_basis: int) -> Problem:
         axes=[Axis(name, 0, DOMAIN, kind="fourier", num_basis=num_basis, boundary="periodic") for name in "xy"],
         operator=[Term(-1.0, x=derivative(2)), Term(-1.0, y=derivative(2)), Term(x=derivative(1)), Term()],
         source=source,
-        compression=1e-12,
+        compression=COMPRESSION,
     )
 
 
@@ -280,7 +281,7 @@ def frontier_part(
     out: Path,
     *,
     ranks: Mapping[int, Sequence[int]] = FRONTIER_RANKS,
-    tucker_ranks: Sequence[int] = (20, 40, 80, 160, 320),
+    tucker_ranks: Sequence[int] = (80, 160, 240),
     seeds: Sequence[int] = (0, 1, 2),
     repeated_up_to: int = 40,
     cuts: Sequence[float] = (1e-2, 1e-3, 1e-4, 3e-5, 1e-5),

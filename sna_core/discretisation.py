@@ -79,6 +79,8 @@ class Space:
         """
         target = operator.values(self.points)
         right = self.basis.dense(self.points).mT @ (self.weights * target)
+        if not self._where:
+            return self.trial @ (self.trial.mT @ right)  # a periodic one on a periodic axis
         ends = target.new_zeros(len(self._where))
         for n, (end, order) in enumerate(self._where):
             composed = derivative(order) * operator if order else operator
@@ -102,8 +104,6 @@ class Space:
 
     def _constrained(self, matrix: Tensor, right: Tensor, values: Tensor) -> Tensor:
         """The least of c^T matrix c / 2 - right^T c where conditions @ c = values."""
-        if not len(values):
-            return torch.linalg.solve(matrix, right)
         particular = torch.linalg.lstsq(self.conditions, values.unsqueeze(-1), driver="gelsd").solution.squeeze(-1)
         free = _null_space(self.conditions)
         rest = torch.linalg.solve(free.mT @ matrix @ free, free.mT @ (right - matrix @ particular))
@@ -186,13 +186,21 @@ class Discretisation:
 
     def _lift(self) -> tuple[Components, float]:
         """Axis by axis a lift of what is left of its data; then what is left of all."""
-        data = [
-            (i, n, self.components(self.problem.separated(terms)))
-            for i, space in enumerate(self.spaces)
-            for n, terms in enumerate(self.problem.data(space.axis))
-        ]
+        data, jumps = [], []
+        for i, space in enumerate(self.spaces):
+            for n, given in enumerate(self.problem.data(space.axis)):
+                terms = self.problem.separated(given)
+                data.append((i, n, self.components(terms)))
+                jumps += [(i, n, j, self._jump(j, terms, data[-1][2])) for j in self._periodic_axes()]
         lift = nothing = self.components(())
         scale = max([1e-300, *(self._size(i, self._rest(nothing, i, n, wanted)) for i, n, wanted in data)])
+        for i, n, j, jump in jumps:
+            if (size := self._size(i, self._rest(nothing, i, n, jump)) / scale) > COMPATIBLE:
+                raise ValueError(
+                    f"incompatible data: those of axis {self.spaces[i].axis.name!r} differ at both ends of the "
+                    f"periodic axis {self.spaces[j].axis.name!r}, by {size:.2g} of their size; expected at most "
+                    f"{COMPATIBLE:g}."
+                )
         for i, space in enumerate(self.spaces):
             rests = [self._rest(lift, i, n, wanted) for j, n, wanted in data if j == i]
             for rest, function in zip(rests, space.lifts() if rests else (), strict=True):
@@ -215,6 +223,21 @@ class Discretisation:
         given = list(wanted.factors)
         given[i] = _constant(self.spaces[i], given[i])
         return Components(tuple(given)) + -Components(tuple(factors))
+
+    def _periodic_axes(self) -> list[int]:
+        return [j for j, space in enumerate(self.spaces) if "periodic" in space.axis.ends]
+
+    def _jump(self, j: int, terms: Sequence[Term], wanted: Components) -> Components:
+        """What data differ by at both ends of axis j, as functions that are constant along it."""
+        axis, factors = self.spaces[j].axis, list(wanted.factors)
+        ends = torch.tensor([axis.low, axis.high], dtype=torch.float64)
+        jumps = [
+            term.operators.get(axis.name, Operator()).values(ends).diff() * (term.coefficient if j == 0 else 1.0)
+            for term in terms
+        ]
+        constant = self.spaces[j].data(Operator()).unsqueeze(-1)
+        factors[j] = constant * torch.cat(jumps) if jumps else factors[j]
+        return Components(tuple(factors))
 
     def _at(self, i: int, function: Tensor, rest: Components) -> Components:
         factors = list(rest.factors)

@@ -77,7 +77,7 @@ def solve_linear(
         on_step: Called after each sweep.
     """
     order, train = (start.order, start.train) if start else _start(form, residual, generator, on_step)
-    solver = TrainSolver(form.permuted(order), train)
+    solver = TrainSolver(form.permuted(order), train, generator)
     history, before, ranks = [], inf, []
     for cut in CUTS if start is None else [cut for cut in CUTS if cut < SURE_FROM]:
         for _ in range(SWEEPS_PER_CUT):
@@ -109,7 +109,7 @@ def _start(
     train = Train.of_components([factor / factor.norm(dim=0) for factor in factors])
     if not 3 <= len(order) <= MAX_ORDERED_AXES:
         return order, train
-    solver = TrainSolver(form, train)
+    solver = TrainSolver(form, train, generator)
     for cut, rank in SCOUT:
         solver.sweep(cut, rank)
         on_step("order of axes", residual.of_train(solver.cores, order))

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from sna_core.forms import QuadraticForm, conjugate_gradients
 
+NUM_RANDOM = 2  # functions that a core gets on the way there
+
 
 @dataclass(frozen=True)
 class Train:
@@ -172,13 +174,17 @@ class _Side:
 class TrainSolver:
     """The alternation: all cores but the pair at hand are orthonormal.
 
+    On the way there each core gets a few random functions more, of no weight. Without them axes would stay apart that
+    depend on each other across an axis which is a factor of its own; on the way back those of no use are cut off again.
+
     Args:
         form: What to minimise; its right-hand side is a sum of products.
         start: A train to begin with.
+        generator: Of these functions.
     """
 
-    def __init__(self, form: QuadraticForm, start: Train):
-        self.form = form
+    def __init__(self, form: QuadraticForm, start: Train, generator: torch.Generator | None = None):
+        self.form, self.generator = form, generator or torch.Generator().manual_seed(0)
         end = _Side(
             torch.ones(1, 1, 1, dtype=torch.float64),
             torch.zeros(len(form.coefficients), dtype=torch.long),
@@ -221,13 +227,20 @@ class TrainSolver:
                 change = max(change, ((found - start).norm() / found.norm().clamp(min=1e-300)).item())
                 rank, first, second, following = found.shape
                 u, sizes, v = _cut(found.flatten(2).flatten(0, 1), tolerance, max_rank)
-                u, v = (u, sizes.unsqueeze(-1) * v) if forward else (u * sizes, v)
+                u, v = self._widened(u, sizes.unsqueeze(-1) * v) if forward else (u * sizes, v)
                 self.cores[k], self.cores[k + 1] = u.view(rank, first, -1), v.view(-1, second, following)
                 if forward:
                     self._pass_forward(k)
                 else:
                     self._pass_backward(k + 1)
         return change
+
+    def _widened(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """With more orthonormal columns of u, and rows of zeros in v."""
+        count = min(NUM_RANDOM, len(u) - u.shape[1])
+        random = torch.randn(len(u), count, generator=self.generator, dtype=torch.float64)
+        wide = torch.linalg.qr(torch.cat([u, random], 1))[0]
+        return torch.cat([u, wide[:, u.shape[1] :]], 1), torch.cat([v, v.new_zeros(count, v.shape[1])])
 
     def _solve_single(self) -> float:
         matrix = torch.einsum("p,pab->ab", self.form.coefficients, self.form.matrices[0][self.form.index[:, 0]])

@@ -120,7 +120,7 @@ def sum_of(coefficients):
 
 
 @given(low_rank_sums())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_sums_of_few_terms_are_found(coefficients):
     d, _, rank = coefficients.shape
     function = sum_of(coefficients)
@@ -175,7 +175,7 @@ def test_chebyshev_coefficients_are_those_of_polynomials():
 
 
 def test_no_full_tensor_is_needed():
-    separable = separate(lambda *x: torch.cos(sum(x)), [0.0] * 6, [1.0] * 6, tolerance=1e-3)
+    separable = separate(lambda *x: torch.cos(8 * sum(x)), [0.0] * 4, [1.0] * 4, tolerance=1e-6)
     assert separable.num_evaluations < 100_000 < math.prod(len(factor) for factor in separable.factors)
 
 

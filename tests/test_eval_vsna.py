@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
 
-from eval import vsna, vsna_comparison, vsna_study
+from eval import vsna, vsna_card, vsna_comparison, vsna_study
 from eval.vsna import PARTS, main, run
 from eval.vsna_comparison import PeerRow, galerkin_system, goals
 from eval.vsna_fields import PlumeError, SolvedField, TrainFits, on_grid, relative_l2
@@ -71,16 +72,16 @@ def test_small_run_writes_every_part_as_json(small):
 def test_rows_hold_what_was_asked_for(small):
     _, record = small
     forms = [(row["form"], row["num_cells"], row["seed"]) for row in record["frontier"]["rows"]]
-    assert forms.count(("cp", 6, 1)) == 1  # of the smallest rank alone
-    assert forms.count(("cp", 6, 0)) == 2
-    assert forms.count(("tucker", 6, 0)) == 1
-    assert forms.count(("tensor_train", 4, None)) == 2
+    assert forms.count(("cp", 4, 1)) == 1  # of the smallest rank alone
+    assert forms.count(("cp", 4, 0)) == 2
+    assert forms.count(("tucker", 4, 0)) == 1
+    assert forms.count(("tensor_train", 2, None)) == 2
     for row in record["frontier"]["rows"]:
         assert 0 < row["relative_l2"] < 1
         assert row["seconds"] > row["fit_seconds"] >= 0
     methods = {(row["problem"], row["method"]) for row in record["peers"]["rows"]}
     assert methods == {(p, m) for p in ("heat", "plume") for m in ("train", "cp", "amen", "greedy", "pinn")}
-    assert {row["method"] for row in record["laser"]["rows"]} == {"P1", "field"}
+    assert {row["method"] for row in record["laser"]["rows"]} == {"P1", "field", "scattered"}
     assert {(row["problem"], row["method"]) for row in record["speed"]["speed_ups"]} == {
         ("heat", "P1"),
         ("heat", "P2"),
@@ -198,7 +199,7 @@ def test_fits_are_as_far_from_the_train_as_they_say(plume):
     assert distance(fits.field(reduced)) / norm == pytest.approx(reduced.distance, rel=1e-3)
     assert reduced.distance <= 1.1 * fit.distance
     assert distance(fits.rounded(0.1)) / norm <= 0.1
-    sizes = [frame.shape[1] + 1 for frame in reduced.frames]
+    sizes = [reduced.frames[fits.order.index(i)].shape[1] + 1 for i in range(6)]
     num_basis = [problem.axes[i].basis.num_basis for i in fits.order]
     assert fits.reduced_size(reduced) == sum(m * (n + 6) for m, n in zip(sizes, num_basis, strict=True))
 
@@ -344,3 +345,17 @@ def test_targets_are_held_against_the_record():
     reached = [False, False, False, True, None, True, False, False, True, False, True]
     assert [each.reached for each in found] == reached
     assert {each.reached for each in targets({})} == {None}
+
+
+def test_card_of_a_small_run(small, tmp_path, monkeypatch):
+    out, record = small
+    monkeypatch.setattr(vsna_card, "draw_all", lambda folder, study: None)  # the run has drawn them
+    vsna_card.main(["--study", str(out / vsna.NAME), "--out", str(tmp_path / "card.md")])
+    text = (tmp_path / "card.md").read_text(encoding="utf-8")
+    assert "A trial at sizes too small to say anything" in text
+    assert all((tmp_path / link).is_file() for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
+    for each in record["targets"]:
+        assert each["figure"] in text
+    write_json(tmp_path / vsna.NAME, {"small": True, "targets": []})
+    with pytest.raises(SystemExit, match=r"lacks 'peers'; write it whole with eval\.vsna"):
+        vsna_card.main(["--study", str(tmp_path / vsna.NAME), "--out", str(tmp_path / "card.md")])
