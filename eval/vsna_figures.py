@@ -129,7 +129,7 @@ def draw_peers(figure: FigureBase, part: Record) -> None:
             if not rows:
                 continue
             look = {"color": colour, "marker": marker, "markersize": 6}
-            points = zip(*sorted((row["seconds"], row["relative_l2"]) for row in rows), strict=True)
+            points = zip(*((row["seconds"], row["relative_l2"]) for row in rows), strict=True)
             (handles[words],) = times.loglog(*points, **look)
             if method in ("cp", "greedy"):
                 ranks.loglog(*zip(*((row["rank"], row["relative_l2"]) for row in rows), strict=True), **look)
@@ -249,10 +249,10 @@ def draw_laser(figure: FigureBase, part: Record, arrays: Arrays) -> None:
             ax.grid(visible=False)
     for ax in axes[-1]:
         ax.set_xlabel("x behind and before the beam [µm]")
-    below = {"location": "bottom", "ticks": MaxNLocator(4)}
     label = "rise at the end [K]; white: melting"
-    figure.colorbar(hot, ax=list(axes[:, :2].flat), label=label, aspect=50, shrink=0.7, **below)
-    figure.colorbar(wrong, ax=list(axes[:, 2]), label="% of the peak", aspect=25, **below)
+    for image, columns, words, aspect in ((hot, axes[:, :2], label, 60), (wrong, axes[:, 2], "% of the peak", 30)):
+        bar = {"location": "bottom", "ticks": MaxNLocator(4), "aspect": aspect}
+        figure.colorbar(image, ax=list(columns.flat), label=words, **bar)
 
 
 def _signed(number: float) -> str:
@@ -270,7 +270,7 @@ def draw_all(folder: Path, record: Record) -> None:
     if "peers" in record:
         pictures["peers"] = (10, 7.5), lambda f: draw_peers(f, record["peers"])
     if rows := [row for name in ("speed", "laser") for row in record.get(name, {}).get("rows", [])]:
-        pictures["speed"] = (3.8 * len({row["problem"] for row in rows}), 4.2), lambda f: draw_speed(f, rows)
+        pictures["speed"] = (max(8, 3.8 * len({row["problem"] for row in rows})), 4.2), lambda f: draw_speed(f, rows)
     if "sweep" in record:
         pictures["sweep"] = (7, 4.2), lambda f: draw_sweep(f, record["sweep"])
     for name, draw, size in (("plume", draw_plume, (14, 6.6)), ("laser", draw_laser, (13, 6))):

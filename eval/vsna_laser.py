@@ -29,7 +29,10 @@ RANK, TOLERANCE = 16, 1e-4  # of the train that is solved for where no model is 
 NUM_BINS = 50
 SPREAD = {"power": (150.0, 7.5), "speed": (0.5, 0.025), "shape": (1.5, 0.15)}  # mean and standard deviation: W, m/s, 1
 SETTINGS = ({"power": 150.0, "speed": 0.3, "shape": 1.0}, {"power": 150.0, "speed": 0.7, "shape": 2.0})  # of slices
-GRIDS = {1: ((20, 8, 16), (40, 14, 24)), 2: ((8, 4, 8), (12, 6, 10), (20, 8, 16))}  # cells along x, across, time steps
+GRIDS = {
+    1: ((20, 8, 16), (40, 14, 24), (60, 21, 32)),
+    2: ((8, 4, 8), (12, 6, 10), (20, 8, 16)),
+}  # cells along x, across, time steps
 REACH = 2.0  # of slices, in beam radii
 
 

@@ -25,27 +25,27 @@ def capital(text: str) -> str:
 
 
 def goal_words(goals: Sequence[Record]) -> list[str]:
-    """For each problem, who comes down to which error first, and how much sooner than the best of ours or of them."""
+    """For each problem, to which errors ours are faster or slower than the fastest of the others, and by how much."""
     words = []
     for problem in dict.fromkeys(row["problem"] for row in goals):
-        won, lost, alone = [], [], []
+        won, lost, alone = {}, {}, []
         for row in goals:
             if row["problem"] != problem:
                 continue
-            ours = {name: row["seconds"][name] for name in OURS if name in row["seconds"]}
+            ours = [row["seconds"][name] for name in OURS if name in row["seconds"]]
             others = {name: seconds for name, seconds in row["seconds"].items() if name not in OURS}
-            if not ours:
-                lost.append(f"{row['goal']:g} ({METHODS[min(others, key=others.get)]}; VSNA's fields do not reach it)")
-            elif not others:
+            if not others:
                 alone.append(f"{row['goal']:g}")
-            else:
-                best = min(others, key=others.get)
-                ratio = others[best] / min(ours.values())
-                if ratio > 1:
-                    won.append(f"{row['goal']:g} ({ratio:.2g} times as fast as {METHODS[best]})")
-                else:
-                    lost.append(f"{row['goal']:g} ({METHODS[best]}, {1 / ratio:.2g} times as fast)")
-        parts = [f"first at errors of {listed(won)}"] * bool(won) + [f"behind at {listed(lost)}"] * bool(lost)
+                continue
+            best = min(others, key=others.get)
+            if not ours:
+                lost.setdefault(best, []).append(f"{row['goal']:g} (which VSNA's fields do not reach)")
+                continue
+            ratio = others[best] / min(ours)
+            told, times = (won, ratio) if ratio > 1 else (lost, 1 / ratio)
+            told.setdefault(best, []).append(f"{row['goal']:g} ({times:.2g} times)")
+        parts = [f"faster than {METHODS[name]} to errors of {listed(errors)}" for name, errors in won.items()]
+        parts += [f"slower than {METHODS[name]} to errors of {listed(errors)}" for name, errors in lost.items()]
         parts += [f"alone at {listed(alone)}"] * bool(alone)
         words.append(f"{capital(named(problem))}: VSNA is {'; '.join(parts)}.")
     return words
