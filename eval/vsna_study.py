@@ -32,9 +32,9 @@ NUM_FITTED = 3  # sizes, the largest ones, that a slope is fitted to
 ROUNDED = 1e-12  # errors below this are rounding, and tell no rate
 RECORD = "record.json"  # beside a model
 MAX_SWEEPS = 9  # of the plume's trains: two at each cut down to 1e-5, one at the next
-CELLS, CP_RANK = 32, 200  # of the plume's sum of products
+CELLS, CP_RANK = 32, 160  # of the plume's sum of products
 FORMS = ("cp", "tucker", "tensor_train")
-FRONTIER_RANKS = {16: (10, 20), 24: (20, 40, 80), 32: (40, 80, 160, 200)}
+FRONTIER_RANKS = {16: (10, 20), 24: (20, 40), 32: (80, 160)}
 REFERENCE = "plume_reference.safetensors"
 SLICES = "plume.safetensors"
 SLICE_TIMES = (0.0, 0.5, 1.0)
@@ -281,9 +281,9 @@ def frontier_part(
     out: Path,
     *,
     ranks: Mapping[int, Sequence[int]] = FRONTIER_RANKS,
-    tucker_ranks: Sequence[int] = (80, 160, 240),
+    tucker_ranks: Sequence[int] = (80, 240),
     seeds: Sequence[int] = (0, 1, 2),
-    repeated_up_to: int = 40,
+    repeated_up_to: int = 20,
     cuts: Sequence[float] = (1e-2, 1e-3, 1e-4, 3e-5, 1e-5),
     max_sweeps: int = MAX_SWEEPS,
     **options: Any,
