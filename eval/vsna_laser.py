@@ -90,7 +90,7 @@ def sweep_part(
     *,
     num_samples: int = 1_000_000,
     num_repeats: int = 5,
-    memory_samples: Sequence[int] = (100_000, 1_000_000, 4_000_000),
+    memory_samples: Sequence[int] = (1_000_000, 4_000_000, 16_000_000),
     num_depths: int = 4000,
     num_cells: Mapping[str, int] | None = None,
     seed: int = 0,
