@@ -80,7 +80,7 @@ def draw_convergence(figure: FigureBase, part: Record) -> None:
         panels[-1].semilogy(*points, color=colour, linestyle=style, marker=marker, markersize=4, label=words)
     panels[-1].set(title="spectral axes", xlabel="functions along each axis")
     panels[-1].xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    panels[-1].legend(loc="lower left", fontsize=8)
+    panels[-1].legend(loc="lower left", fontsize=7, handlelength=1.2)
     panels[0].set_ylabel(ERROR)
 
 
