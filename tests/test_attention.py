@@ -16,7 +16,7 @@ from leviathan.attention_leviathan import (
 from leviathan.masking_leviathan import packed_block_mask, visible_intervals
 from tests.test_leviathan import PREFIX, TARGET, tiny, tokens
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative, in norm
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}  # relative, in norm
 
 
 class Largest(TorchDispatchMode):

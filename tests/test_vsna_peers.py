@@ -158,7 +158,7 @@ def test_amen_knows_its_preconditioners():
 
 def test_amen_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchtt", None)
-    with pytest.raises(ImportError, match="pip install torchTT"):
+    with pytest.raises(ImportError, match="pip install -e"):
         solve_amen(laplacian(SIZES), random_terms(1, *SIZES))
 
 
