@@ -7,6 +7,7 @@ from leviathan.generation_leviathan import ExpectationLogitsProcessor, rollout
 from leviathan.khronos import KhronosConfig, KhronosForClassification, KhronosModel
 from leviathan.modeling_leviathan import LeviathanForCausalLM, LeviathanModel, LeviathanPreTrainedModel
 from leviathan.sna import SnaConfig, SnaModel
+from leviathan.span import SpanConfig, SpanModel
 from leviathan.tokenization_leviathan import FieldTokenizer
 from leviathan.vsna import VsnaConfig, VsnaModel
 
@@ -15,10 +16,12 @@ __version__ = "0.1.0"
 AutoConfig.register(LeviathanConfig.model_type, LeviathanConfig)
 AutoConfig.register(KhronosConfig.model_type, KhronosConfig)
 AutoConfig.register(SnaConfig.model_type, SnaConfig)
+AutoConfig.register(SpanConfig.model_type, SpanConfig)
 AutoConfig.register(VsnaConfig.model_type, VsnaConfig)
 AutoModel.register(LeviathanConfig, LeviathanModel)
 AutoModel.register(KhronosConfig, KhronosModel)
 AutoModel.register(SnaConfig, SnaModel)
+AutoModel.register(SpanConfig, SpanModel)
 AutoModel.register(VsnaConfig, VsnaModel)
 AutoModelForCausalLM.register(LeviathanConfig, LeviathanForCausalLM)
 AutoFeatureExtractor.register(LeviathanConfig, FieldTokenizer)
@@ -35,6 +38,8 @@ __all__ = [
     "LeviathanPreTrainedModel",
     "SnaConfig",
     "SnaModel",
+    "SpanConfig",
+    "SpanModel",
     "VsnaConfig",
     "VsnaModel",
     "rollout",
