@@ -13,7 +13,7 @@ LIBRARIES = {
     "sna_core": {"torch"},
     "leviathan": {"huggingface_hub", "numpy", "safetensors", "torch", "tqdm", "transformers"},
 }
-INTEGRATIONS = {"sb3": {"gymnasium", "stable_baselines3"}}  # others are named after their one library
+INTEGRATIONS = {"carla": {"carla", "gymnasium"}, "sb3": {"gymnasium", "stable_baselines3"}}  # others: their name
 MODELS = {"janus", "khronos", "leviathan", "sna", "span", "vsna"}  # do not import one another
 UNWANTED_NAMES = {"base", "common", "helpers", "utils"}
 UNSAFE_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}

@@ -18,6 +18,7 @@ import torch
 PACKAGES = (
     *("leviathan-sna", "torch", "transformers", "accelerate", "datasets", "numpy"),
     *("scikit-learn", "xgboost-cpu", "pykan", "pyinn", "scikit-fem", "torchTT", "PyWavelets"),
+    *("gymnasium", "stable-baselines3", "mujoco", "minari", "arch"),
 )
 
 
