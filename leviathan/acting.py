@@ -58,7 +58,8 @@ def _block(block: LatentBlock, x: np.ndarray, network: int | None) -> np.ndarray
     if log_scale is not None:
         middle = 0.5 * block.spline.num_cells
         position = (position - middle) * np.exp(log_scale) + middle
-    cell = position.astype(np.int64).clip(0, block.spline.num_cells - 1)
+    with np.errstate(invalid="ignore"):  # NaN falls in any cell
+        cell = position.astype(np.int64).clip(0, block.spline.num_cells - 1)
     u = (position - cell)[..., None].astype(np.float32)
     polynomials, steps = _cell(block.spline.degree)
     values = polynomials[-1] + 0 * u  # (rows, samples, degree + 1)

@@ -159,4 +159,4 @@ class LatentComponents(nn.Module):
         g = x.reshape(-1, x.shape[-1]).mT
         for block in self.blocks:
             g = block(g, network, fused=fused, frozen=frozen)
-        return g.mT if x.ndim == 2 else g.mT.unflatten(1, x.shape[:-1])
+        return g.mT if x.ndim == 2 else g.mT.reshape(len(g), *x.shape[:-1], g.shape[1])

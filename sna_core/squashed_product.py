@@ -14,11 +14,10 @@ each sample, one batched product sums them for all axes and networks, and anothe
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sna_core.bspline import CELL_POLYNOMIALS, UniformBSpline
 
@@ -110,7 +109,7 @@ def _evaluate(
     basis = basis.scatter_(1, index, _cell_values(u, degree, 0))
     psi = torch.bmm(factors.mT, basis)
     psi.add_(torch.finfo(psi.dtype).tiny ** 0.5)
-    return psi.view(num_networks, -1, *psi.shape[1:]).prod(1), z, u, index, basis, psi
+    return psi.view(num_networks, len(psi) // num_networks, *psi.shape[1:]).prod(1), z, u, index, basis, psi
 
 
 class _SquashedProduct(torch.autograd.Function):
@@ -131,12 +130,16 @@ class _SquashedProduct(torch.autograd.Function):
         return results[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple:  # noqa: ANN001
+        if torch.is_grad_enabled():  # create_graph: a second derivative would miss these operations
+            raise RuntimeError("squashed_product(fused=True) is differentiated once; give fused=False.")
         product, z, u, index, basis, psi, x, weight, factors, scale = ctx.saved_tensors
         for_x, for_weight, for_bias, for_factors, for_scale, *_ = ctx.needs_input_grad
         of_x = of_weight = of_bias = of_factors = of_scale = None
-        of_psi = ((gradient * product).unsqueeze(1) / psi.view(len(product), -1, *psi.shape[1:])).view_as(psi)
+        of_product = torch.mul(gradient, product, out=torch.empty_like(product))  # in the layout of psi
+        of_psi = (of_product.unsqueeze(1) / psi.view(len(product), len(psi) // len(product), *psi.shape[1:])).view_as(
+            psi
+        )
         if for_factors:
             of_factors = torch.bmm(basis, of_psi.mT)
         if for_x or for_weight or for_bias or for_scale:
@@ -167,7 +170,7 @@ def _of_dense(
     """Gradients of a dense layer's inputs and weight."""
     shape = weight.shape
     if x.ndim == 3:
-        of_h, weight = of_h.view(len(x), -1, of_h.shape[1]), weight.view(len(x), -1, shape[1])
+        of_h, weight = of_h.unflatten(0, (len(x), -1)), weight.view(len(x), -1, shape[1])
     return (weight.mT @ of_h if for_x else None), ((of_h @ x.mT).view(shape) if for_weight else None)
 
 
@@ -184,13 +187,32 @@ def _cell_values(u: Tensor, degree: int, derivative: int) -> Tensor:
     return values
 
 
-@cache
 def _rows(degree: int, derivative: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Coefficients of 1, u, u^2 ... of a cell's functions, each (degree + 1, 1); kept, since making them takes time."""
-    return torch.tensor(CELL_POLYNOMIALS[degree, derivative], dtype=dtype, device=device).unsqueeze(-1).unbind()
+    """Coefficients of 1, u, u^2 ... of a cell's functions, each (degree + 1, 1)."""
+
+    def make() -> tuple[Tensor, ...]:
+        table = CELL_POLYNOMIALS[degree, derivative]
+        return torch.tensor(table, dtype=dtype, device=device).unsqueeze(-1).unbind()
+
+    return _kept((degree, derivative, dtype, device), make)
 
 
-@cache
 def _steps(degree: int, device: torch.device) -> Tensor:
     """(degree + 1, 1)."""
-    return torch.arange(degree + 1, device=device).unsqueeze(-1)
+    return _kept((degree, device), lambda: (torch.arange(degree + 1, device=device).unsqueeze(-1),))[0]
+
+
+_constants: dict[tuple, tuple[Tensor, ...]] = {}
+
+
+def _kept(key: tuple, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Constants, made once since making them takes time; those of a graph that is traced hold no numbers to keep."""
+    if torch.compiler.is_compiling():
+        return make()
+    if key in _constants:
+        return _constants[key]
+    with torch.inference_mode(False):
+        constants = make()
+    if type(constants[0]) is Tensor:
+        _constants[key] = constants
+    return constants

@@ -14,11 +14,13 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gymnasium
 import numpy as np
 import stable_baselines3
+from huggingface_hub.errors import StrictDataclassError
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -94,7 +96,7 @@ def run(settings: Settings, task_name: str, out: str | Path, *, progress: bool =
         ValueError: On settings that do not fit each other.
     """
     task, training = {**TASK, **settings["task"]}, {**TRAINING, **settings["training"]}
-    check(task, training, settings["sizes"])
+    check(task, training, settings["sizes"], settings["algorithm"])
     folder = folder_of(out, task_name, training)
     if (folder / RECORD).is_file():
         return json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -132,21 +134,30 @@ def run(settings: Settings, task_name: str, out: str | Path, *, progress: bool =
     return record
 
 
-def check(task: Mapping[str, Any], training: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+def check(
+    task: Mapping[str, Any],
+    training: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    algorithm: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Raises a ``ValueError`` for the first setting that is none."""
-    algorithm_class(task["algorithm"])
+    taken = inspect.signature(algorithm_class(task["algorithm"])).parameters
+    if unknown := sorted(set(algorithm) - set(taken)):
+        raise ValueError(f"algorithm: {task['algorithm']} takes no {', '.join(unknown)}.")
     if not isinstance(task["environment"], str):
         raise ValueError(f"task.environment = {task['environment']!r}; expected the id of an environment.")
     if training["network"] not in FAMILIES:
         raise ValueError(f"training.network = {training['network']!r}; expected one of {', '.join(FAMILIES)}.")
     if training["size"] not in sizes:
         raise ValueError(f"training.size = {training['size']!r}; the config's sizes are {', '.join(sizes) or 'none'}.")
+    if not isinstance(sizes[training["size"]], int) or sizes[training["size"]] < 1:
+        raise ValueError(f"sizes.{training['size']} = {sizes[training['size']]!r}; expected an integer of at least 1.")
     if task["action_noise"] not in (None, *NOISE):
         raise ValueError(f"task.action_noise = {task['action_noise']!r}; expected one of {', '.join(NOISE)}, or none.")
     for name in ("total_steps", "num_envs", "num_evaluations", "num_episodes"):
         if not isinstance(task[name], int) or task[name] < 1:
             raise ValueError(f"task.{name} = {task[name]!r}; expected an integer of at least 1.")
-    if not training["learning_rate"] > 0:
+    if not isinstance(training["learning_rate"], int | float) or not training["learning_rate"] > 0:
         raise ValueError(f"training.learning_rate = {training['learning_rate']!r}; expected a number above 0.")
     if not task["low"] < task["threshold"] <= task["high"]:
         raise ValueError(
@@ -168,7 +179,10 @@ def environments(task: Mapping[str, Any], seed: int) -> tuple[VecEnv, VecEnv]:
     """
     module, colon, name = task["environment"].rpartition(":")
     if colon:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"task.environment = {task['environment']!r}: {error}") from error
     try:
         env, evaluation_env = (
             make_vec_env(name, number, seed=start, env_kwargs=dict(task["options"]))
@@ -262,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             return span_offline.main(["--config", str(known.config), "--out", str(known.out), *flags])
         settings = read_settings(known.config, flags, allowed_keys())
         record = run(settings, known.config.stem.removeprefix("span_"), known.out)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         raise SystemExit(f"error: {error}") from error
     print(
         f"{record['task']}: {record['network']} with {record['num_parameters']:,} parameters by {record['algorithm']}, "

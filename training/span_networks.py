@@ -148,6 +148,8 @@ def make_agent(
         ValueError: If the family is unknown.
     """
     kind = family(name)
+    if num_parameters < 1:
+        raise ValueError(f"num_parameters = {num_parameters}; expected at least 1.")
     shared = keywords.pop("policy_kwargs", {})
 
     def make(width: int) -> BaseAlgorithm:

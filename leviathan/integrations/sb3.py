@@ -246,17 +246,17 @@ class SpanContinuousCritic(BaseModel):
         # As SB3: a shared extractor learns from the actor's loss alone.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.share_features_extractor):
             features = self.extract_features(obs, self.features_extractor)
-        return self._values(torch.cat([features, actions], dim=1)).unbind()
+        return self._values(features, actions).unbind()
 
     def q1_forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """The value of the first critic, (batch, 1)."""
         with torch.no_grad():
             features = self.extract_features(obs, self.features_extractor)
-        return self._values(torch.cat([features, actions], dim=1), network=0).squeeze(0)
+        return self._values(features, actions, network=0).squeeze(0)
 
-    def _values(self, x: Tensor, network: int | None = None) -> Tensor:
+    def _values(self, features: Tensor, actions: Tensor, network: int | None = None) -> Tensor:
         # Where the actor learns, the critics' own gradients would be computed to be thrown away.
-        frozen = x.requires_grad
+        x, frozen = torch.cat([features, actions], dim=1), actions.requires_grad
         weight, bias = (each.detach() if frozen else each for each in (self.weight, self.bias))
         if network is not None:
             weight, bias = weight[network, None], bias[network, None]
