@@ -11,7 +11,7 @@ FLOW := --num-grid 64 --num-snapshots 21 --k-tot 8 --viscosity 1e-3 --warm-up-ti
 # accelerate launch gives a process one thread unless told otherwise.
 demo demo-short text turbulence: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo demo-short text text-study turbulence turbulence-data turbulence-card heads speed card text-card khronos khronos-card vsna-study vsna-card test lint
+.PHONY: demo demo-short text text-study turbulence turbulence-data turbulence-card heads speed card text-card khronos khronos-card vsna-study vsna-card span-study span-card test lint
 
 demo: .venv/.installed
 	$(BIN)/python -m training.turbulence --out runs/demo/data.hdf5 --num-trajectories 96 $(FLOW)
@@ -150,6 +150,18 @@ vsna-card: .venv/.installed
 	cp $(VSNA)/vsna.json $(VSNA)/plume.safetensors $(VSNA)/laser.safetensors model_cards/vsna/
 	$(BIN)/python -m eval.vsna_card --study model_cards/vsna/vsna.json --remarks model_cards/vsna/remarks.md \
 		--out model_cards/vsna.md
+
+# SPAN beside MLPs and KANs of its size: about three hours on a core, resumable; PROCESSES runs at one time.
+SPAN := runs/span
+PROCESSES ?= 2
+span-study: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m eval.span --out $(SPAN) --processes $(PROCESSES)
+
+span-card: .venv/.installed
+	mkdir -p model_cards/span
+	cp $(SPAN)/study/* model_cards/span/
+	$(BIN)/python -m eval.span_card --study model_cards/span/span.json --remarks model_cards/span/remarks.md \
+		--out model_cards/span.md
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --numprocesses 2

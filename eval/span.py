@@ -19,7 +19,7 @@ from eval import span_offline
 from eval.span_agents import drive_frames, save_values
 from eval.span_cost import cost_part, one_thread
 from eval.span_figures import draw_all, write_gif
-from eval.span_runs import SMALL_FLAGS, Job, Study, do, record_key, records_of, run_all, test_jobs, tuning_jobs
+from eval.span_runs import SMALL_FLAGS, Job, Study, do, records_of, run_all, test_jobs, tuning_jobs
 from eval.span_study import compact, summarise
 from eval.span_targets import targets
 from training.provenance import provenance, write_json
@@ -64,10 +64,10 @@ def run(
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if train and "runs" in parts:
         run_all(tuning_jobs(study), out, num_processes, flags)
-        run_all(test_jobs(study, tuned(study, out)), out, num_processes, flags)
+        run_all(test_jobs(study, records_of(tuning_jobs(study), out)), out, num_processes, flags)
+    tuned = records_of(tuning_jobs(study), out)
     # A test with a rate that more tuning runs have replaced stays on disk and out of the study.
-    wanted = {record_key(vars(job)) for job in (*tuning_jobs(study), *test_jobs(study, tuned(study, out)))}
-    records = [each for each in records_of(study, out) if record_key(each) in wanted]
+    records = tuned + records_of(test_jobs(study, tuned), out)
     if not records:
         raise ValueError(f"{out} holds no run of the study; leave out --finished.")
     offline = known.get("offline")
@@ -85,7 +85,7 @@ def run(
         "summary": summary,
         "cost": cost,
         "offline": offline,
-        "provenance": provenance(list(study.tuning_seeds)),
+        "provenance": provenance(sorted({each["seed"] for each in records})),
     }
     record["targets"] = [dataclasses.asdict(each) for each in targets(record)]
     pictures(records, summary, out)
@@ -99,12 +99,6 @@ SMALL_COST: dict[str, Any] = {
     "batch_size": 16,
     "repeats": 2,
 }
-
-
-def tuned(study: Study, out: Path) -> list[dict[str, Any]]:
-    """The tuning runs of a study that are there."""
-    wanted = {record_key(vars(job)) for job in tuning_jobs(study)}
-    return [each for each in records_of(study, out) if each["purpose"] == "tune" and record_key(each) in wanted]
 
 
 def offline_part(study: Study, out: Path, num_processes: int) -> list[dict[str, Any]]:

@@ -17,6 +17,29 @@ from training.span import RECORD, SIZES, allowed_keys, run
 from training.span_networks import FAMILIES
 
 CONFIGS = Path("training/configs")
+FIRST_TUNING_SEED = 100  # and below it those of tests
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is run of a task.
+
+    Attributes:
+        networks: Keys of ``training.span_networks.FAMILIES``.
+        seeds: Number of test runs of each network.
+        tuning_seeds: Number of runs with each learning rate, with other seeds, that choose one.
+    """
+
+    networks: Sequence[str]
+    seeds: int
+    tuning_seeds: int = 1
+
+    def __post_init__(self):
+        if not (1 <= self.seeds <= FIRST_TUNING_SEED and self.tuning_seeds >= 1):
+            raise ValueError(
+                f"seeds, tuning_seeds = {self.seeds}, {self.tuning_seeds}; expected at least 1, and seeds at most "
+                f"{FIRST_TUNING_SEED}."
+            )
 
 
 @dataclass(frozen=True)
@@ -24,31 +47,26 @@ class Study:
     """What is compared.
 
     Attributes:
-        networks: Keys of ``training.span_networks.FAMILIES``.
         sizes: Of the tasks' configs.
         learning_rates: The grid of every network.
-        tuning_seeds: Of the runs that choose a learning rate.
-        tasks: Numbers of test seeds, which are 0, 1, ..., by task.
+        tasks: What is run of each.
         offline: The plan of the offline part, as ``eval.span_offline.jobs`` takes it, with ``tasks``,
             ``dataset_steps``, and the ``expert`` that is recorded.
     """
 
-    networks: Sequence[str]
     sizes: Sequence[str]
     learning_rates: Sequence[float]
-    tuning_seeds: Sequence[int]
-    tasks: Mapping[str, int]
+    tasks: Mapping[str, "Task"]
     offline: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        for name, known in (("networks", FAMILIES), ("sizes", SIZES)):
-            if strange := [each for each in getattr(self, name) if each not in known]:
+        networks = {network for task in self.tasks.values() for network in task.networks}
+        for name, given, known in (("networks", networks, FAMILIES), ("sizes", self.sizes, SIZES)):
+            if strange := [each for each in given if each not in known]:
                 raise ValueError(f"{name}: {', '.join(strange)} unknown; expected some of {', '.join(known)}.")
-        for task, seeds in self.tasks.items():
+        for task in self.tasks:
             if not (CONFIGS / f"span_{task}.yaml").is_file():
                 raise ValueError(f"tasks: {task} has no {CONFIGS}/span_{task}.yaml.")
-            if set(range(seeds)) & set(self.tuning_seeds):
-                raise ValueError(f"tuning_seeds = {self.tuning_seeds} are test seeds of {task} too; choose others.")
 
     @classmethod
     def read(cls, path: Path) -> "Study":
@@ -59,8 +77,9 @@ class Study:
         """
         content = load_yaml(path)
         try:
-            return cls(**content)
-        except TypeError as error:
+            tasks = {name: Task(**task) for name, task in content.pop("tasks").items()}
+            return cls(**content, tasks=tasks)
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def of(self, tasks: Sequence[str]) -> "Study":
@@ -75,14 +94,14 @@ class Study:
 
     def small(self) -> "Study":
         """One seed of each, to see that everything runs."""
-        tasks = {task: 2 for task in ("cartpole", "pendulum", "waypoints") if task in self.tasks}
+        names = ("cartpole", "pendulum", "waypoints")
+        tasks = {name: replace(self.tasks[name], seeds=2, tuning_seeds=1) for name in names if name in self.tasks}
         plan = {**self.offline, "dataset_steps": 400, "num_steps": 4, "factors": [1], "seeds": 1, "tasks": ["pendulum"]}
         plan["expert_flags"] = {"pendulum": SMALL_FLAGS}
         return replace(
             self,
             sizes=self.sizes[:1],
             learning_rates=self.learning_rates[:2],
-            tuning_seeds=self.tuning_seeds[:1],
             tasks=tasks,
             offline=plan if self.offline else {},
         )
@@ -125,25 +144,26 @@ def do(job: Job, out: Path, flags: Sequence[str] = ()) -> dict[str, Any]:
 def tuning_jobs(study: Study) -> list[Job]:
     """Every task, size, network and learning rate, a seed of all before the next."""
     return [
-        Job(task, network, size, rate, seed, "tune")
-        for seed in study.tuning_seeds
+        Job(name, network, size, rate, FIRST_TUNING_SEED + seed, "tune")
+        for seed in range(max(task.tuning_seeds for task in study.tasks.values()))
         for size in study.sizes
-        for task in study.tasks
-        for network in study.networks
+        for name, task in study.tasks.items()
+        for network in task.networks
         for rate in study.learning_rates
+        if seed < task.tuning_seeds
     ]
 
 
 def test_jobs(study: Study, tuned: Sequence[Mapping[str, Any]]) -> list[Job]:
     """Every seed of a task, size and network, with the learning rate of its tuning runs; those without are left out."""
     jobs = []
-    for seed in range(max(study.tasks.values())):
+    for seed in range(max(task.seeds for task in study.tasks.values())):
         for size in study.sizes:
-            for task, seeds in study.tasks.items():
-                for network in study.networks:
-                    cell = {"task": task, "size": size, "network": network}
+            for name, task in study.tasks.items():
+                for network in task.networks:
+                    cell = {"task": name, "size": size, "network": network}
                     runs = [each for each in tuned if cell.items() <= each.items()]
-                    if seed < seeds and runs:
+                    if seed < task.seeds and runs:
                         jobs.append(Job(**cell, learning_rate=choose(runs)["learning_rate"], seed=seed, purpose="test"))
     return jobs
 
@@ -182,13 +202,7 @@ def _read(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def records_of(study: Study, out: Path) -> list[dict[str, Any]]:
-    """The records of a study among those of a folder."""
-    return [
-        each
-        for each in records_in(out)
-        if each["task"] in study.tasks
-        and each["size"] in study.sizes
-        and each["network"] in study.networks
-        and (each["purpose"] == "tune" or each["seed"] < study.tasks[each["task"]])
-    ]
+def records_of(jobs: Sequence[Job], out: Path) -> list[dict[str, Any]]:
+    """The records of some runs among those of a folder."""
+    wanted = {record_key(vars(job)) for job in jobs}
+    return [each for each in records_in(out) if record_key(each) in wanted]

@@ -56,7 +56,7 @@ def test_snippets_run_as_written(tmp_path, monkeypatch):
     tiny("runs/text/model", 3)
 
     snippets = fences("python")
-    assert len(snippets) == 7
+    assert len(snippets) == 8
     namespace = {}
     for number, snippet in enumerate(snippets):
         # The README is ours, and running what it says is the point of this test.

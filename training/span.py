@@ -269,13 +269,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, type=Path, help="YAML file of settings")
-    parser.add_argument("--out", type=Path, default=Path("runs/span"), help="folder of all runs")
+    parser.add_argument("--out", type=Path, help="folder of all runs; runs/span if left out")
     known, flags = parser.parse_known_args(arguments)
     try:
         if "data" in (load_yaml(known.config) or {}):
-            return span_offline.main(["--config", str(known.config), "--out", str(known.out), *flags])
+            out = [] if known.out is None else ["--out", str(known.out)]
+            return span_offline.main(["--config", str(known.config), *out, *flags])
         settings = read_settings(known.config, flags, allowed_keys())
-        record = run(settings, known.config.stem.removeprefix("span_"), known.out)
+        record = run(settings, known.config.stem.removeprefix("span_"), known.out or Path("runs/span"))
     except (ValueError, OSError, StrictDataclassError) as error:
         raise SystemExit(f"error: {error}") from error
     print(
