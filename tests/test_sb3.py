@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from stable_baselines3 import A2C, DDPG, PPO, SAC, TD3
 from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from stable_baselines3.sac.policies import Actor
 from torch.distributions import Bernoulli, Categorical, Normal
 
 from leviathan import acting
@@ -346,6 +347,22 @@ def test_draws_of_sac_have_the_moments():
     assert agent.actor(x).abs().max() <= 1
     agent.actor.log_std.bias.fill_(-50.0)  # exp(-20)
     torch.testing.assert_close(agent.actor(x), agent.actor(x, deterministic=True))
+
+
+def test_densities_of_sac_are_those_of_sb3():
+    actor = build(SAC).actor
+    observations = torch.randn(50, 3)
+
+    def evaluate(function):
+        torch.manual_seed(1)  # SB3 draws the same noise
+        actions, log_prob = function(observations)
+        loss = (log_prob * torch.linspace(-1, 1, 50)).sum() + actions.square().sum()
+        return actions, log_prob, *torch.autograd.grad(loss, list(actor.parameters()))
+
+    for ours, expected in zip(
+        evaluate(actor.action_log_prob), evaluate(lambda obs: Actor.action_log_prob(actor, obs)), strict=True
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["box", "discrete", "multi-binary"])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import isfinite, log, pi
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +38,7 @@ from leviathan.acting import act_components
 from leviathan.span import SpanConfig
 from sna_core.latent import LatentComponents
 
+HALF_LOG_2PI = 0.5 * log(2 * pi)
 NET_ARGUMENTS = ("net_arch", "activation_fn")  # of an MLP, which there is none of
 
 
@@ -286,12 +287,27 @@ class SpanSACActor(SACActor):
         """As SB3's: actions in [-1, 1]; a draw without the distribution's object, where there is no gSDE."""
         if self.use_sde:
             return super().forward(obs, deterministic)
+        if deterministic:
+            return self.mu(self.latent_pi(self.extract_features(obs, self.features_extractor))).tanh()
+        return self._draw(obs)[0]
+
+    def action_log_prob(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
+        """As SB3's: actions (batch, actions) and the logarithm of their density (batch,).
+
+        The density of what was drawn is that of the noise, over the spread and the slope of the hyperbolic tangent: the
+        terms in which SB3's formula differs cancel, in the gradient too.
+        """
+        if self.use_sde:
+            return super().action_log_prob(obs)
+        actions, log_std, noise = self._draw(obs)
+        slope = 1 - actions.square() + self.action_dist.epsilon
+        return actions, -(0.5 * noise.square() + HALF_LOG_2PI + log_std + slope.log()).sum(1)
+
+    def _draw(self, obs: PyTorchObs) -> tuple[Tensor, Tensor, Tensor]:
         latent = self.latent_pi(self.extract_features(obs, self.features_extractor))
-        actions = self.mu(latent)
-        if not deterministic:
-            spread = self.log_std(latent).clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
-            actions = torch.addcmul(actions, spread, torch.randn_like(actions))
-        return actions.tanh()
+        mean, log_std = self.mu(latent), self.log_std(latent).clamp(LOG_STD_MIN, LOG_STD_MAX)
+        noise = torch.randn_like(mean)
+        return torch.addcmul(mean, log_std.exp(), noise).tanh(), log_std, noise
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return _with_span(super()._get_constructor_parameters(), self.span)
