@@ -13,6 +13,7 @@ from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from stable_baselines3.sac.policies import Actor
 from torch.distributions import Bernoulli, Categorical, Normal
+from transformers import AutoModel
 
 from leviathan import acting
 from leviathan.integrations.sb3 import SpanActorCriticPolicy, SpanSACPolicy, SpanTD3Policy
@@ -211,6 +212,26 @@ def test_an_agent_is_saved_and_learns_on(algorithm, tmp_path):
     assert type(loaded.policy) is POLICIES[algorithm]
     check_same(agent, loaded)
     learn_and_check(loaded, reset_num_timesteps=False)
+
+
+@each_algorithm
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_an_actor_is_a_model_of_transformers(algorithm, use_sde, tmp_path):
+    settings = {} if algorithm in (TD3, DDPG) else {"use_sde": use_sde}
+    policy = build(algorithm, policy_kwargs={"num_blocks": 2, "learn_knot_scale": True}, **settings).policy
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    policy.actor_model().save_pretrained(tmp_path)
+    observations = OBSERVATIONS.sample()[None]
+    with torch.no_grad():
+        means = AutoModel.from_pretrained(tmp_path)(torch.as_tensor(observations)).prediction.numpy()
+    if algorithm in (PPO, A2C):
+        expected = np.clip(means, BOX.low, BOX.high)
+    else:
+        expected = policy.unscale_action(np.tanh(np.clip(means, -2, 2) if use_sde and algorithm is SAC else means))
+    actions, _ = policy.predict(observations, deterministic=True)
+    np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-5)
 
 
 @each_algorithm

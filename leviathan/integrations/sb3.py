@@ -35,7 +35,7 @@ from stable_baselines3.td3.policies import TD3Policy
 from torch import Tensor, nn
 
 from leviathan.acting import act_components
-from leviathan.span import SpanConfig
+from leviathan.span import SpanConfig, SpanModel
 from sna_core.latent import LatentComponents
 
 HALF_LOG_2PI = 0.5 * log(2 * pi)
@@ -108,6 +108,22 @@ class _SpanPolicy:
         for name in NET_ARGUMENTS:
             parameters.pop(name)
         return {**parameters, **asdict(self.span), "check_observations": self.check_observations}
+
+    @torch.no_grad()
+    def actor_model(self) -> SpanModel:
+        """A copy of the actor as a [`~leviathan.SpanModel`], which is saved and shared as transformers' models are.
+
+        It maps what the features' extractor gives, (batch, features), to logits of discrete actions, or to means of
+        continuous ones, for SAC, TD3 and DDPG before the hyperbolic tangent.
+        """
+        components, readout = self._actor()
+        num_networks = components.blocks[0].num_networks
+        model = SpanModel(self.span.config(components.blocks[0].weight.shape[1], readout.out_features))
+        for name, parameter in model.components.named_parameters():
+            rows = components.get_parameter(name)
+            parameter.copy_(rows[: len(rows) // num_networks])  # the actor is the first
+        model.readout.load_state_dict(readout.state_dict())
+        return model.eval()
 
     def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
         """As SB3, after a look for observations that are no numbers or, as asked, outside of their space.
@@ -197,6 +213,9 @@ class SpanActorCriticPolicy(_SpanPolicy, ActorCriticPolicy):
     Raises:
         ValueError: If a size is below 1, or ``net_arch`` is given.
     """
+
+    def _actor(self) -> tuple[LatentComponents, nn.Linear]:
+        return self.mlp_extractor.components, self.action_net
 
     def _build_mlp_extractor(self) -> None:
         self.mlp_extractor = SpanExtractor(self.span.components(self.features_dim, 2), self.span.rank).to(self.device)
@@ -360,6 +379,10 @@ class SpanSACPolicy(_SpanOffPolicy, SACPolicy):
 
     actor_class = SpanSACActor
 
+    def _actor(self) -> tuple[LatentComponents, nn.Linear]:
+        mean = self.actor.mu
+        return self.actor.latent_pi.components, mean[0] if isinstance(mean, nn.Sequential) else mean  # gSDE clips it
+
 
 class SpanTD3Policy(_SpanOffPolicy, TD3Policy):
     """A SPAN for the actor and for each critic of TD3 and DDPG.
@@ -368,6 +391,10 @@ class SpanTD3Policy(_SpanOffPolicy, TD3Policy):
     """
 
     actor_class = SpanTD3Actor
+
+    def _actor(self) -> tuple[LatentComponents, nn.Linear]:
+        body, readout, _ = self.actor.mu
+        return body.components, readout
 
 
 __all__ = ["SpanActorCriticPolicy", "SpanSACPolicy", "SpanTD3Policy"]
