@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sna_core.bspline import CELL_POLYNOMIALS
 from sna_core.latent import EPSILON, LatentBlock, LatentComponents
+from sna_core.squashed_product import is_traced
 
 FEW = 8
 """Samples up to which numpy is ahead."""
@@ -28,9 +29,11 @@ def act_components(components: LatentComponents, x: Tensor, network: int | None 
     Returns:
         (networks, samples, rank).
     """
+    if is_traced():  # numpy's results would be constants of the graph
+        return components(x, network)
     if len(x) > FEW or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
         return components(x, network)
-    g = x.numpy().T
+    g = x.detach().numpy().T
     for block in components.blocks:
         g = _block(block, g, network)
     return torch.from_numpy(g).mT

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class LatentBlock(nn.Module):
         initialization: Of the factors.
 
     Raises:
-        ValueError: If a count is below 1 or the degree is none of 0 to 5.
+        ValueError: If a count is below 1, the degree is none of 0 to 5, or a name is unknown.
     """
 
     def __init__(
@@ -63,6 +63,12 @@ class LatentBlock(nn.Module):
     ):
         super().__init__()
         check_counts(num_inputs=num_inputs, latent_dim=latent_dim, rank=rank, num_networks=num_networks)
+        for name, value, known in (
+            ("normalization", normalization, (None, *get_args(Normalization))),
+            ("initialization", initialization, get_args(Initialization)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} = {value!r}; expected one of {', '.join(map(repr, known))}.")
         self.spline = UniformBSpline(num_cells, degree)
         self.initialization = initialization
         self.num_networks, rows = num_networks, num_networks * latent_dim

@@ -36,7 +36,7 @@ def squashed_product(
     r"""Evaluates :math:`g_j` for several networks, samples and components.
 
     The gradient of a factor is the product divided by it. A factor that is zero would lose its own, so each is moved by
-    the root of the smallest number of its type: nothing beside rounding, and enough to divide by.
+    the root of the smallest number of its type, or less: nothing beside rounding, and enough to divide by.
 
     Args:
         x: Inputs of a dense layer, the same for all networks (inputs, samples) or of each (networks, inputs, samples).
@@ -50,12 +50,23 @@ def squashed_product(
             PyTorch's own operations, any number of times.
 
     Returns:
-        (networks, rank, samples), in the dtype of the arguments. NaN where a coordinate of that sample and network is.
+        (networks, rank, samples), in the dtype of the factors, also under autocast. NaN where a coordinate of that
+        sample and network is.
     """
+    if torch.is_autocast_enabled(x.device.type):  # products of many factors want the precision of the factors
+        with torch.autocast(x.device.type, enabled=False):
+            return squashed_product(
+                x.to(factors.dtype), weight, bias, factors, num_networks, num_cells, scale, fused=fused
+            )
     arguments = (x, weight, bias, factors, scale, num_networks, num_cells)
-    if fused and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if fused and torch.is_grad_enabled() and not is_traced():
         return _SquashedProduct.apply(*arguments)
     return _evaluate(*arguments)[0]
+
+
+def is_traced() -> bool:
+    """Whether operations are being recorded, to be compiled or exported, and others must not take their place."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def squashed_product_reference(
@@ -103,12 +114,13 @@ def _evaluate(
     position = position.unsqueeze(1)
     cell = position.long().clamp_(0, num_cells - 1)  # also of NaN
     u = position - cell
-    degree = factors.shape[1] - num_cells
+    degree = int(factors.shape[1]) - num_cells  # sizes are tensors where torch.jit traces
     index = cell + _steps(degree, cell.device)
     basis = u.new_zeros(len(z), factors.shape[1], z.shape[1])
     basis = basis.scatter_(1, index, _cell_values(u, degree, 0))
     psi = torch.bmm(factors.mT, basis)
-    psi.add_(torch.finfo(psi.dtype).tiny ** 0.5)
+    limits = torch.finfo(psi.dtype)
+    psi.add_(min(limits.tiny**0.5, limits.eps / 4))  # float16: its tiny is not
     return psi.view(num_networks, len(psi) // num_networks, *psi.shape[1:]).prod(1), z, u, index, basis, psi
 
 
@@ -136,7 +148,7 @@ class _SquashedProduct(torch.autograd.Function):
         product, z, u, index, basis, psi, x, weight, factors, scale = ctx.saved_tensors
         for_x, for_weight, for_bias, for_factors, for_scale, *_ = ctx.needs_input_grad
         of_x = of_weight = of_bias = of_factors = of_scale = None
-        of_product = torch.mul(gradient, product, out=torch.empty_like(product))  # in the layout of psi
+        of_product = (gradient * product).contiguous()  # in the layout of psi
         of_psi = (of_product.unsqueeze(1) / psi.view(len(product), len(psi) // len(product), *psi.shape[1:])).view_as(
             psi
         )
@@ -207,7 +219,7 @@ _constants: dict[tuple, tuple[Tensor, ...]] = {}
 
 def _kept(key: tuple, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Constants, made once since making them takes time; those of a graph that is traced hold no numbers to keep."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return make()
     if key in _constants:
         return _constants[key]

@@ -113,6 +113,28 @@ def test_parameters_changed_in_place_are_seen():
         torch.testing.assert_close(found, components(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("learns", [True, False])
+@each_option
+def test_a_traced_graph_holds_the_components_and_not_their_values(options, learns):
+    components = build(**options)
+
+    class Actor(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.components = components
+
+        def forward(self, x):
+            return act_components(self.components, x)
+
+    x, other = torch.randn(1, 3), torch.randn(5, 3)
+    with torch.set_grad_enabled(learns), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, on what is constant
+        traced = torch.jit.trace(Actor(), x, check_trace=False)
+    torch.testing.assert_close(traced(other), components(other))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.export(Actor(), (x,)).module()(other[:1]), components(other[:1]))
+
+
 def test_an_optimizers_step_is_seen():
     components, x = build(), torch.randn(2, 3)
     optimizer = torch.optim.Adam(components.parameters(), lr=0.1, fused=True)

@@ -6,15 +6,14 @@ from dataclasses import replace
 from math import cos, degrees, pi, radians, sin, tan
 from types import ModuleType, SimpleNamespace
 
+import gymnasium
 import numpy as np
 import pytest
 
-gymnasium = pytest.importorskip("gymnasium")
-
-from leviathan.integrations.carla import ENV_ID, CarlaWaypointsEnv  # noqa: E402
-from leviathan.integrations.gymnasium import WaypointsEnv  # noqa: E402
-from leviathan.waypoints import Road, VehicleState, WaypointsOptions, drive  # noqa: E402
-from leviathan.waypoints.road import SAMPLING  # noqa: E402
+from leviathan.integrations.carla import ENV_ID, CarlaWaypointsEnv
+from leviathan.integrations.gymnasium import WaypointsEnv
+from leviathan.waypoints import Road, VehicleState, WaypointsOptions, drive
+from leviathan.waypoints.road import SAMPLING
 
 OPTIONS = WaypointsOptions(road_length=80.0)
 WHEEL_LIMIT = 70.0  # degrees

@@ -178,3 +178,9 @@ def test_counts_below_one_raise(name, value):
 def test_degrees_beyond_the_table_raise(degree):
     with pytest.raises(ValueError, match=f"degree = {degree}; expected an integer from 0 to 5"):
         LatentBlock(3, 2, 2, 4, degree)
+
+
+@pytest.mark.parametrize(("name", "value"), [("normalization", "batch"), ("initialization", "zero")])
+def test_unknown_names_raise(name, value):
+    with pytest.raises(ValueError, match=f"{name} = '{value}'; expected one of"):
+        LatentComponents(3, latent_dim=2, rank=2, num_cells=4, **{name: value})

@@ -206,6 +206,41 @@ def test_dtype_is_kept(dtype):
         torch.testing.assert_close(results[0].double(), exact, rtol=0.1, atol=0.1)
 
 
+def test_half_precision_is_not_shifted():
+    given_arguments = arguments(latents=6, rank=8, num_cells=8, samples=200, scaled=False)
+    with torch.no_grad():
+        given_arguments["factors"].mul_(0.3).add_(1.0)
+        exact = squashed_product_reference(**given_arguments)
+        halves = {k: each.half() if isinstance(each, torch.Tensor) else each for k, each in given_arguments.items()}
+        error = squashed_product(**halves).double() / exact - 1
+    assert error.mean().abs() < 2e-3  # 2 eps
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_leaves_the_precision(kind, fused):
+    given_arguments = arguments(kind, dtype=torch.float32)
+    expected = value_and_gradients(squashed_product, given_arguments)
+
+    def automatic(x, **others):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return squashed_product(x=x, **others, fused=fused)
+
+    for ours, exact in zip(value_and_gradients(automatic, given_arguments), expected, strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+def test_many_cotangents_at_one_time():
+    given_arguments = arguments()
+    product = squashed_product(**given_arguments)
+    cotangents = torch.randn(3, *product.shape, dtype=product.dtype)
+    found = torch.autograd.grad(product, leaves(given_arguments), cotangents, is_grads_batched=True, retain_graph=True)
+    for i, cotangent in enumerate(cotangents):
+        expected = torch.autograd.grad(product, leaves(given_arguments), cotangent, retain_graph=True)
+        for ours, oracle in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours[i], oracle)
+
+
 def test_some_gradients_alone():
     given_arguments = arguments("own")
     expected = dict(zip(NAMES, value_and_gradients(squashed_product, given_arguments)[1:], strict=True))

@@ -160,7 +160,6 @@ class CarlaWaypointsEnv(WaypointsEnv):
             self._world.tick()
         wheels = self._vehicle.get_physics_control().wheels
         self._wheel_limit = radians(max(wheel.max_steer_angle for wheel in wheels))
-        return self._read()
 
     def _control(self, throttle: float, steer: float) -> None:
         fraction = -steer * self.options.max_steer / self._wheel_limit  # CARLA steers to the right

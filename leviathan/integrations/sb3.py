@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, dataclass
-from math import isfinite, log, pi
+from math import isnan, log, pi
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from huggingface_hub.errors import StrictDataclassError
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from stable_baselines3.common.preprocessing import get_action_dim, is_image_space
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from leviathan.acting import act_components
 from leviathan.span import SpanConfig, SpanModel
 from sna_core.latent import LatentComponents
+from sna_core.squashed_product import is_traced
 
 HALF_LOG_2PI = 0.5 * log(2 * pi)
 NET_ARGUMENTS = ("net_arch", "activation_fn")  # of an MLP, which there is none of
@@ -59,8 +61,11 @@ class _Span:
     initialization: Literal["smooth", "rough"] = SpanConfig.initialization
 
     def config(self, num_inputs: int, num_outputs: int = 1) -> SpanConfig:
-        """The configuration of a network; raises a ``ValueError`` as [`SpanConfig`] does."""
-        return SpanConfig(num_inputs=num_inputs, num_outputs=num_outputs, **asdict(self))
+        """The configuration of a network; raises a ``ValueError`` if a setting is out of range."""
+        try:
+            return SpanConfig(num_inputs=num_inputs, num_outputs=num_outputs, **asdict(self))
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
 
     def components(self, num_inputs: int, num_networks: int = 1) -> LatentComponents:
         return self.config(num_inputs).build_components(num_networks)
@@ -95,6 +100,7 @@ class _SpanPolicy:
             latent_dim, rank, num_cells, degree, num_blocks, normalization, learn_knot_scale, initialization
         )
         self.check_observations = check_observations
+        self._warned = False
         super().__init__(
             observation_space,
             action_space,
@@ -136,6 +142,8 @@ class _SpanPolicy:
         return tensor, vectorized
 
     def _look_at(self, observation: PyTorchObs) -> None:
+        if is_traced():
+            return
         if isinstance(observation, dict):
             for key, values in observation.items():
                 self._look_at_part(values, self.observation_space[key], f"observation[{key!r}]")
@@ -143,27 +151,37 @@ class _SpanPolicy:
             self._look_at_part(observation, self.observation_space, "observation")
 
     def _look_at_part(self, observation: Tensor, space: spaces.Space, name: str) -> None:
-        if not isinstance(space, spaces.Box) or not observation.is_floating_point():
+        if not isinstance(space, spaces.Box) or observation.dtype == torch.uint8:
             return
-        values = observation.cpu().numpy()
-        if not isfinite(values.sum()) and (bad := ~np.isfinite(values)).any():
-            row, *place = np.argwhere(bad)[0].tolist()
+        values = observation.float().cpu().numpy()  # as the networks see them
+        if not (finite := np.isfinite(values)).all():
+            row, *place = np.argwhere(~finite)[0].tolist()
             raise ValueError(
                 f"{name} {place} = {values[row, *place]}; expected a finite number. stable_baselines3's VecCheckNan "
                 "finds the step that it comes from."
             )
-        if self.check_observations == "finite" or not (outside := (values < space.low) | (values > space.high)).any():
+        if self.check_observations == "finite" or self._warned:
+            return
+        low, high = (bound.astype(np.float32, copy=False) for bound in (space.low, space.high))
+        if not (outside := (values < low) | (values > high)).any():
             return
         row, *place = np.argwhere(outside)[0].tolist()
         problem = (
-            f"{name} {place} = {values[row, *place]:g} lies outside of its interval [{space.low[*place]:g}, "
-            f"{space.high[*place]:g}]: rescale it, or widen the observation_space. VecNormalize does not; with it, "
+            f"{name} {place} = {values[row, *place]:g} lies outside of its interval [{low[*place]:g}, "
+            f"{high[*place]:g}]: rescale it, or widen the observation_space. VecNormalize does not; with it, "
             "give policy_kwargs=dict(check_observations='finite')."
         )
         if self.check_observations == "box":
             raise ValueError(problem)
         warnings.warn(problem, stacklevel=2)
-        self.check_observations = "finite"  # said once
+        self._warned = True
+
+
+def _checked(outputs: Tensor) -> Tensor:
+    """What a network has given; raises a ``ValueError`` if it is NaN, as SB3's distributions do."""
+    if isnan(outputs.sum().item()):
+        raise ValueError("The policy's output is NaN: its parameters have diverged; lower the learning rate.")
+    return outputs
 
 
 def extractor_for(space: spaces.Space) -> type[BaseFeaturesExtractor]:
@@ -206,7 +224,8 @@ class SpanActorCriticPolicy(_SpanPolicy, ActorCriticPolicy):
         lr_schedule: Learning rate over the progress that remains.
         latent_dim: As the following seven, an argument of [`~leviathan.SpanConfig`].
         check_observations: What is done where an observation lies outside of the observation space: ``"box"`` raises an
-            error, ``"warn"`` warns once, ``"finite"`` does nothing. One that is not finite always raises.
+            error, ``"warn"`` warns once, ``"finite"`` does nothing. One that is not finite raises where the policy acts
+            on it; an algorithm with a replay buffer may have learned from it by then: ``VecCheckNan`` stops before.
         features_extractor_class: None for SB3's own, by the observation space.
         arguments: Those of SB3's ``ActorCriticPolicy``, without ``net_arch`` and ``activation_fn``.
 
@@ -225,13 +244,18 @@ class SpanActorCriticPolicy(_SpanPolicy, ActorCriticPolicy):
         self._look_at(obs)
         return super().forward(obs, deterministic)
 
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
+        """As SB3's, after the same look: the last observation of a rollout comes here alone."""
+        self._look_at(obs)
+        return super().predict_values(obs)
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         gaussian = isinstance(self.action_dist, DiagGaussianDistribution)
         if not gaussian and not isinstance(self.action_dist, CategoricalDistribution):
             return super()._predict(observation, deterministic)
         # Draws an action without the distribution's object, which costs more time than the networks.
         features = BaseModel.extract_features(self, observation, self.pi_features_extractor)
-        outputs = self.action_net(self.mlp_extractor.forward_actor(features))
+        outputs = _checked(self.action_net(self.mlp_extractor.forward_actor(features)))
         if gaussian:
             return outputs if deterministic else outputs + self.log_std.exp() * torch.randn_like(outputs)
         if not deterministic:
@@ -240,7 +264,11 @@ class SpanActorCriticPolicy(_SpanPolicy, ActorCriticPolicy):
 
 
 class SpanContinuousCritic(BaseModel):
-    """Critics Q(s, a) side by side: SB3's ``ContinuousCritic`` with all of its networks in one evaluation."""
+    """Critics Q(s, a) side by side: SB3's ``ContinuousCritic`` with all of its networks in one evaluation.
+
+    Actions that require a gradient are an actor's that learns: the critics' parameters then get none. A loss of the
+    critics on such actions takes them detached.
+    """
 
     def __init__(
         self,
@@ -353,6 +381,9 @@ class _SpanOffPolicy(_SpanPolicy):
     """Actors and critics of policies that learn from a replay buffer."""
 
     actor_class: type[nn.Module]
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        return _checked(super()._predict(observation, deterministic))
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> nn.Module:
         """An actor, on the policy's device."""
