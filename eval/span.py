@@ -5,7 +5,7 @@
 
 Runs lie in a folder for each task, size, network, learning rate and seed; what is there is kept, so that a study that
 was interrupted goes on. Writes span.json and pictures into the folder `study`. --finished trains nothing; --small tries
-all of it at sizes too small to say anything.
+all of it, in the folder `small`, at sizes too small to say anything.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             study, flags = study.small(), SMALL_FLAGS
         record = run(
             study,
-            known.out,
+            known.out / "small" if known.small else known.out,  # its data sets would pass for those of the study
             parts=known.parts,
             num_processes=known.processes,
             train=not known.finished,

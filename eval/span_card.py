@@ -39,6 +39,11 @@ PUBLISHED = (
     "Published (arXiv 2601.23225): 30 to 50 % better sample efficiency, 1.3 to 9 times the success rates of MLPs, and "
     "1.2 to 1.8 times their time for a step; other tasks, budgets and seeds than here."
 )
+COST_NOTE = (
+    "Of several tasks that on which SPAN does worst. MLPs and KANs run in SB3's own policies. SPAN's save work that "
+    "has nothing to do with splines: they draw actions without SB3's distribution objects, evaluate all critics at "
+    "once, and leave out the critics' gradients while the actor learns."
+)
 
 
 def targets_table(study: Record) -> str:
@@ -130,20 +135,20 @@ def tuned_table(summary: Record) -> str:
 
 
 def cost_table(cost: Record) -> str:
-    """Seconds of an update and of an action, by network."""
+    """Seconds of an update and of an action, by network, on the task on which SPAN does worst."""
     lines = [
         (
-            COST.get(key, titled(key)),
+            told,
+            f"{row['algorithm']}, `{row['environment']}`",
             look(network)[2],
             f"{row['num_parameters']:,}",
             f"{row['seconds']:.3g}",
-            row["ratio"],
+            f"{row['ratio']:.3g}",
         )
-        for key, networks in cost.items()
-        for network, row in networks.items()
+        for key, told in COST.items()
+        for network, row in cost.get(key, {}).items()
     ]
-    lines = [(*line, f"{ratio:.3g}") for *line, ratio in lines]
-    return table(("", "network", "parameters", "seconds", "over the MLP's"), lines)
+    return table(("", "task", "network", "parameters", "seconds", "over the MLP's"), lines)
 
 
 def offline_table(records: Sequence[Record]) -> str:
@@ -159,6 +164,30 @@ def offline_table(records: Sequence[Record]) -> str:
         lines.append((*about, f"{row['num_parameters']:,}", row["num_seeds"], marked, _number(row["ratio"])))
     titles = ("data", "algorithm", "factor", "network", "parameters", "seeds", "normalised return")
     return table((*titles, f"{look(OURS)[2]} / best MLP"), lines)
+
+
+def offline_words(study: Record) -> str:
+    """How learning rates of the offline part were chosen, where the record tells."""
+    plan = (study.get("study") or {}).get("offline")
+    if not plan:
+        return ""
+    rates = ", ".join(f"{rate:g}" for rate in plan["learning_rates"])
+    return (
+        f" {plan['num_steps']:,} gradient steps. The learning rate, of {rates}, was chosen for each data set, method "
+        "and network by the return of one run of another seed at factor 1, from the initial states that the "
+        "table has too, and is that of all factors."
+    )
+
+
+def tuning_words(summary: Record) -> str:
+    """How learning rates were chosen, as far as it is so for all networks."""
+    loose = [each for each in summary["choices"] if each["by"] != "tune"]
+    if loose:
+        return f"Of {len(summary['choices'])} learning rates {len(loose)} were not tuned, see Limits."
+    return (
+        "Learning rates were chosen for each task, size and network by the mean area of tuning runs, from the grids "
+        "below. Evaluations start from the same states in all runs."
+    )
 
 
 def made(study: Record) -> list[str]:
@@ -192,14 +221,14 @@ def span_card(study: Record, folder: str, pictures: Sequence[str] = (), remarks:
     )
     missing = f"Missing from an even study:\n\n{_lines(summary['missing'])}\n\n" if summary["missing"] else ""
     cost = study.get("cost") or {}
-    step = f"## Time\n\n{_lines(cost_words(cost))}\n\n{cost_table(cost)}\n\n" if cost else ""
+    step = f"## Time\n\n{_lines(cost_words(cost))}\n\n{COST_NOTE}\n\n{cost_table(cost)}\n\n" if cost else ""
     offline = study.get("offline") or []
     fixed = ""
     if offline:
         fixed = (
             "## From fixed data\n\nNo step in the environment but for evaluation; factor: of the parameters. "
             "Score 0 is a random policy's return, 1 the expert's. In bold the highest and all within their own "
-            f"standard deviation of it.\n\n{offline_table(offline)}\n\n"
+            f"standard deviation of it.{offline_words(study)}\n\n{offline_table(offline)}\n\n"
         )
     prose = f"{remarks.strip()}\n\n" if remarks.strip() else ""
     return (
@@ -261,8 +290,8 @@ it.
 
 {by_size}{shown.get("values", "")}{step}{fixed}## How it was measured
 
-- Networks of one size have as nearly as can be the same number of parameters. Learning rates were chosen for each task,
-  size and network by the mean area of tuning runs, from the same grid; their seeds are not those of the table.
+- Networks of one size have the number of parameters that is nearest to one target; what they have is in the tables.
+  {tuning_words(summary)}
 - An evaluation is the mean return of the deterministic policy. The final score is the mean of the last
   {LAST_SHARE * 100:g} % of evaluations, and of at least {LEAST_LAST}; a run succeeds if its final return is at or above
   the threshold. Score 0 and 1 are the returns in the table of tasks.
@@ -271,8 +300,8 @@ it.
   make them too narrow.
 - Steps to the threshold: the first crossing, linear between evaluations. A run that never crosses counts at its whole
   budget, which is in favour of the network that failed. The gain is the ratio of IQMs of steps over budget, less 1.
-- What a success costs: all steps (or seconds) of all runs up to their crossing or their end, over the number of
-  crossings.
+- What a success costs: all steps of all runs up to their crossing or their end, over the number of crossings. Seconds
+  are in proportion to steps, of runs that shared the machine.
 - P(X > Y): Mann-Whitney's statistic, a mean over tasks; ties count half.
 
 {_lines(choice_words(summary))}

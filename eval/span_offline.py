@@ -11,9 +11,11 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
 from training import span_offline
+from training.offline_data import open_dataset
 from training.offline_data import record as record_dataset
 from training.span import algorithm_class
 from training.span_networks import make_network
@@ -31,7 +33,7 @@ def load_agent(folder: Path, algorithm: str) -> BaseAlgorithm:
 
 
 def make_datasets(root: Path, expert: Mapping[str, Any], folder: Path, *, num_steps: int, seed: int = 0) -> list[str]:
-    """Records what an agent does, alone and half of the time replaced by random actions; what is there is kept.
+    """Records what an agent does, alone and with as many steps of random actions; what is there is kept.
 
     Args:
         root: Folder of data sets.
@@ -42,11 +44,17 @@ def make_datasets(root: Path, expert: Mapping[str, Any], folder: Path, *, num_st
 
     Returns:
         The names of the data sets.
+
+    Raises:
+        ValueError: If the agent sees normalised observations, or a data set that is there has fewer steps.
     """
+    task = expert["settings"]["task"]
+    if task.get("normalize"):
+        raise ValueError(f"{expert['task']}: the agent of a task with normalize cannot be recorded; choose another.")
     names = {kind: f"{expert['task']}/{kind}-v0" for kind in ("expert", "mixed")}
     if missing := [kind for kind, name in names.items() if not (root / name).exists()]:
         agent, environment = load_agent(folder, expert["algorithm"]), expert["environment"]
-        env = make_vec_env(environment, RANDOM_EPISODES, seed=seed)
+        env = make_vec_env(environment, RANDOM_EPISODES, seed=seed, env_kwargs=dict(task.get("options", {})))
         high, _ = evaluate_policy(agent, env, RANDOM_EPISODES, warn=False)
         low = np.mean(_random_returns(env, seed))
         for kind in missing:
@@ -58,25 +66,29 @@ def make_datasets(root: Path, expert: Mapping[str, Any], folder: Path, *, num_st
                 dataset_id=names[kind],
                 seed=seed,
                 noise=EXPERT_NOISE,
+                env_kwargs=task.get("options"),
                 root=root,
                 random_return=float(low),
                 expert_return=float(high),
             )
         env.close()
+    for name in names.values():
+        if (found := open_dataset(name, root=root, download=False).total_steps) < num_steps:
+            raise ValueError(f"{name} in {root} has {found} steps, fewer than {num_steps}; delete it and its runs.")
     return list(names.values())
 
 
-def _random_returns(env: Any, seed: int) -> list[float]:
+def _random_returns(env: VecEnv, seed: int) -> list[float]:
+    """Of one episode in each environment: the first to end would be the short ones."""
     env.seed(seed)
     env.action_space.seed(seed)
     env.reset()
-    totals, finished = np.zeros(env.num_envs), []
-    while len(finished) < env.num_envs:
+    totals, running = np.zeros(env.num_envs), np.ones(env.num_envs, dtype=bool)
+    while running.any():
         _, rewards, dones, _ = env.step(np.stack([env.action_space.sample() for _ in range(env.num_envs)]))
-        totals += rewards
-        finished += totals[dones].tolist()
-        totals[dones] = 0.0
-    return finished
+        totals += np.where(running, rewards, 0.0)
+        running &= ~dones
+    return totals.tolist()
 
 
 def jobs(

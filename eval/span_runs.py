@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from eval.span_study import choose
 from training.settings import Settings, load_yaml, read_settings
-from training.span import RECORD, SIZES, allowed_keys, run
+from training.span import RECORD, SIZES, allowed_keys, folder_of, run, what_counts
 from training.span_networks import FAMILIES
+from training.span_offline import kept_record
 
 CONFIGS = Path("training/configs")
 FIRST_TUNING_SEED = 100  # and below it those of tests
@@ -134,11 +135,16 @@ def do(job: Job, out: Path, flags: Sequence[str] = ()) -> dict[str, Any]:
 
     torch.set_num_threads(1)  # networks this small are slower on several
     warnings.filterwarnings("ignore", category=UserWarning, module="stable_baselines3")
-    settings: Settings = read_settings(CONFIGS / f"span_{job.task}.yaml", flags, allowed_keys())
+    return run(settings_of(job, flags), job.task, out, progress=False)
+
+
+def settings_of(job: Job, flags: Sequence[str] = ()) -> Settings:
+    """Those of the task's config, and the run's own."""
+    settings = read_settings(CONFIGS / f"span_{job.task}.yaml", flags, allowed_keys())
     settings["training"].update(
         network=job.network, size=job.size, learning_rate=job.learning_rate, seed=job.seed, purpose=job.purpose
     )
-    return run(settings, job.task, out, progress=False)
+    return settings
 
 
 def tuning_jobs(study: Study) -> list[Job]:
@@ -172,9 +178,16 @@ test_jobs.__test__ = False  # nothing for pytest
 
 
 def run_all(jobs: Sequence[Job], out: Path, num_processes: int, flags: Sequence[str] = ()) -> None:
-    """Trains what is missing, several runs at one time, each on one core."""
-    records = {record_key(each) for each in records_in(out)}
-    missing = [job for job in jobs if record_key(vars(job)) not in records]
+    """Trains what is missing, several runs at one time, each on one core.
+
+    Raises:
+        ValueError: If a run that is there is one of other settings.
+    """
+
+    def kept(job: Job) -> dict[str, Any] | None:
+        return kept_record(folder_of(out, job.task, vars(job)), settings_of(job, flags), what_counts)
+
+    missing = [job for job in jobs if kept(job) is None]
     work: Callable[[Job], Any] = partial(do, out=out, flags=tuple(flags))
     if num_processes == 1 or len(missing) < 2:
         for job in tqdm(missing, unit="run", disable=None):

@@ -1,5 +1,6 @@
 """The study of SPAN: its statistics, summary, targets, pictures and card, on records that are made up."""
 
+import dataclasses
 import json
 import re
 
@@ -8,8 +9,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 from scipy import stats
+from stable_baselines3.common.env_util import make_vec_env
 
-from eval import span_card, span_figures, span_targets
+from eval import span_card, span_cost, span_figures, span_offline, span_runs, span_targets
 from eval.span_statistics import (
     bootstrap,
     efficiency_gain,
@@ -72,12 +74,15 @@ def study(tasks=("cartpole", "pole"), networks=tuple(RISES)):
 @pytest.fixture(scope="module")
 def record():
     runs = study()
-    cost = {
+    where = {"algorithm": "PPO", "environment": "CartPole-v1"}
+    cost = {  # as eval.span writes it
+        "rows": [{"what": "update", "network": "span", **where}],
         "ppo_update": {
-            "span": {"seconds": 1.1e-3, "ratio": 1.1, "num_parameters": 860},
-            "mlp_tanh": {"seconds": 1e-3, "ratio": 1.0, "num_parameters": 855},
+            "span": {"seconds": 1.1e-3, "ratio": 1.1, "num_parameters": 860, **where},
+            "mlp_tanh": {"seconds": 1e-3, "ratio": 1.0, "num_parameters": 855, **where},
         },
-        "act": {"span": {"seconds": 1.3e-4, "ratio": 1.3, "num_parameters": 860}},
+        "act": {"span": {"seconds": 1.3e-4, "ratio": 1.3, "num_parameters": 860, **where}},
+        "provenance": provenance(0),
     }
     offline = [
         {"dataset": "hopper-expert", "algorithm": "td3bc", "network": network, "parameter_factor": 1, "seed": seed}
@@ -400,6 +405,7 @@ def test_card_and_pictures_of_a_record(record, tmp_path):
     assert "not measured" in text
     assert text.endswith("- A remark.\n")
     assert "KAN | 4 | 855 | 0.001" in text
+    assert "| update of PPO | PPO, `CartPole-v1` | SPAN | 860 | 0.0011 | 1.1 |" in text
     assert "None" not in text
     assert "nan" not in text
     write_json(folder / "span.json", {"summary": record["summary"]})
@@ -416,6 +422,49 @@ def test_card_of_hardly_a_study(runs, tmp_path):
     text = (tmp_path / "card.md").read_text(encoding="utf-8")
     assert all(f"- {line}" in text for line in study["summary"]["missing"])
     assert (tmp_path / "aggregates.png").is_file() == bool(runs)
+
+
+def test_a_card_does_not_claim_what_was_not_done(record):
+    whole = span_card.span_card(record, "span")
+    assert "chosen for each task" in whole
+    assert "of one run of another seed" not in whole
+    untuned = [compact(made_up(network=network, seed=seed)) for network in RISES for seed in range(2)]
+    text = span_card.span_card(record | {"runs": untuned, "summary": summarise(untuned, **DRAWS)}, "span")
+    assert "chosen for each task" not in text
+    assert "Of 4 learning rates 4 were not tuned" in text
+    plan = {"num_steps": 3000, "learning_rates": [1e-3, 3e-3]}
+    assert "3,000 gradient steps" in span_card.span_card(record | {"study": {"offline": plan}}, "span")
+
+
+def test_cost_is_of_the_task_on_which_span_does_worst():
+    def row(environment, network, seconds, ratio, fused=False):
+        sizes = {"num_parameters": 100, "algorithm": "PPO", "environment": environment}
+        return {"what": "update", "fused_adam": fused, "network": network, "seconds": seconds, "ratio": ratio} | sizes
+
+    rows = [row("a", "span", 2.2, 1.1), row("a", "mlp_tanh", 2.0, 1.0), row("b", "span", 7.5, 1.5)]
+    rows += [row("b", "mlp_tanh", 5.0, 1.0), row("a", "span", 9.0, 3.0, fused=True)]
+    found = span_cost._worst(rows, what="update", algorithm="PPO")
+    assert {name: each["seconds"] for name, each in found.items()} == {"span": 7.5, "mlp_tanh": 5.0}
+    assert span_cost._worst(rows, what="act") == {}
+
+
+def test_random_returns_do_not_favour_short_episodes():
+    env = make_vec_env("CartPole-v1", 200)
+    returns = span_offline._random_returns(env, 0)
+    assert len(returns) == 200
+    assert np.mean(returns) == pytest.approx(22.2, abs=2.5)  # the first 200 to end would have about 17
+
+
+def test_a_study_does_not_take_runs_of_other_settings(tmp_path):
+    job = span_runs.Job("cartpole", "mlp_tanh", "small", 1e-3, seed=0, purpose="test")
+    span_runs.run_all([job], tmp_path, 1, span_runs.SMALL_FLAGS)
+    (record,) = span_runs.records_of([job], tmp_path)
+    assert record["total_steps"] == 64
+    span_runs.run_all([job], tmp_path, 1, span_runs.SMALL_FLAGS)
+    with pytest.raises(ValueError, match="holds a record of other settings"):
+        span_runs.run_all([job], tmp_path, 1)
+    with pytest.raises(ValueError, match="holds a record of other settings"):
+        span_runs.run_all([dataclasses.replace(job, purpose="tune")], tmp_path, 1, span_runs.SMALL_FLAGS)
 
 
 def test_value_grid_has_velocities_for_rows():

@@ -124,6 +124,12 @@ def test_what_does_not_exist_raises():
         make_network("mlp", 3, 2, num_parameters=100)
     with pytest.raises(ValueError, match=message):
         make_agent(PPO, "mlp", 100, "CartPole-v1")
+    with pytest.raises(ValueError, match="options of span: num_cell unknown; expected some of: num_cells, degree"):
+        make_network("span", 3, 2, num_parameters=100, num_cell=4)
+    with pytest.raises(ValueError, match="options of mlp_relu: num_cells unknown; expected some of: none"):
+        make_network("mlp_relu", 3, 2, num_parameters=100, num_cells=4)
+    with pytest.raises(ValueError, match="a width of 2048 has 2048: ask for fewer"):
+        nearest_width(lambda width: width, 5000)
     with pytest.raises(ValueError, match="num_parameters = 0; expected at least 1"):
         make_network("span", 3, 2, num_parameters=0)
     with pytest.raises(ValueError, match="num_parameters = 0; expected at least 1"):

@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 import stable_baselines3
+import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from leviathan.integrations.sb3 import SpanSACPolicy
@@ -121,6 +122,32 @@ def test_a_run_is_not_run_again(tmp_path, monkeypatch):
     assert run(changed(CARTPOLE, training={"seed": 2}), tmp_path)["seed"] == 2
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"span": {"num_cells": 3}},
+        {"task": {"total_steps": 128}},
+        {"sizes": {"small": 900}},
+        {"algorithm": {"gamma": 0.9}},
+    ],
+    ids=str,
+)
+def test_a_run_of_other_settings_is_not_taken_for_this_one(other, tmp_path):
+    first = run(CARTPOLE, tmp_path)
+    with pytest.raises(ValueError, match="holds a record of other settings; choose another --out"):
+        run(changed(CARTPOLE, **other), tmp_path)
+    # Neither a default that is written out, nor what this run has no use of.
+    assert run(changed(CARTPOLE, training={"purpose": "test"}, sizes={"large": 9}), tmp_path) == first
+
+
+def test_the_last_evaluation_is_at_the_last_step(tmp_path):
+    assert 21 / 19 * 19 > 21
+    task = {"total_steps": 21, "num_evaluations": 19}
+    record = run(changed(PENDULUM, task=task, algorithm={"learning_starts": 100}), tmp_path)
+    assert len(record["steps"]) == 19
+    assert record["steps"][-1] == 21
+
+
 @pytest.mark.parametrize("settings", [CARTPOLE, PENDULUM], ids=["CartPole", "Pendulum"])
 def test_a_seed_gives_the_returns(settings, tmp_path):
     first, second = (run(settings, tmp_path / folder) for folder in "ab")
@@ -137,14 +164,16 @@ def test_every_family(network, tmp_path):
 
 def test_settings_reach_the_agent():
     options = {"num_cells": 3, "degree": 1, "num_blocks": 2, "normalization": "layer", "learn_knot_scale": True}
-    settings = changed(PENDULUM, span=options, algorithm={"policy_kwargs": {"n_critics": 1}})
+    kept = {"optimizer_kwargs": {"weight_decay": 0.1}}
+    settings = changed(PENDULUM, span=options, algorithm={"policy_kwargs": {"n_critics": 1, **kept}})
     env, _ = job.environments({**job.TASK, **settings["task"]}, 0)
     agent = job.make(settings, env)
     assert {name: getattr(agent.policy.span, name) for name in options} == options
     assert agent.critic.n_critics == 1
     assert agent.buffer_size == 100
     assert agent.learning_rate == job.TRAINING["learning_rate"]
-    assert settings["algorithm"]["policy_kwargs"] == {"n_critics": 1}  # not changed
+    assert agent.actor.optimizer.defaults["weight_decay"] == 0.1
+    assert settings["algorithm"]["policy_kwargs"] == {"n_critics": 1, **kept}  # not changed
 
 
 def test_normalised_observations(tmp_path):
@@ -169,7 +198,7 @@ def test_noise_of_the_actions(noise):
 def test_configs_are_sound(path):
     settings = read_settings(path, [], job.allowed_keys())
     task = {**job.TASK, **settings["task"]}
-    assert set(settings["sizes"]) == {"small", "large"}
+    assert {"small"} <= set(settings["sizes"]) <= set(job.SIZES)
     for size in settings["sizes"]:
         job.check(task, {**job.TRAINING, **settings["training"], "size": size}, settings["sizes"])
     module, _, name = task["environment"].rpartition(":")
@@ -194,6 +223,7 @@ def test_there_is_a_config_of_each_kind():
         ({"task": {"algorithm": "DQN"}}, "task.algorithm = 'DQN'; expected one of PPO, A2C"),
         ({"task": {"algorithm": "SAC"}}, "n_epochs|n_steps"),
         ({"task": {"total_steps": 0}}, "task.total_steps = 0; expected an integer of at least 1"),
+        ({"task": {"num_evaluations": 65}}, "task.num_evaluations = 65 with task.num_envs = 1"),
         ({"task": {"num_episodes": 1.5}}, "task.num_episodes = 1.5"),
         ({"task": {"action_noise": "pink"}}, "task.action_noise = 'pink'; expected one of normal"),
         ({"task": {"threshold": 501}}, "expected them to rise"),
@@ -262,3 +292,18 @@ def test_recorded_data_go_to_the_offline_job(tmp_path, monkeypatch, no_training,
     assert arguments[-2:] == ["--training.seed", "1"]
     if out:
         assert arguments[2:-2] == out
+
+
+def test_a_run_that_diverges_has_a_record(tmp_path, monkeypatch):
+    learn = stable_baselines3.PPO.learn
+
+    def diverge(agent, *arguments, **keywords):
+        with torch.no_grad():
+            next(agent.policy.parameters()).fill_(torch.nan)
+        return learn(agent, *arguments, **keywords)
+
+    monkeypatch.setattr(stable_baselines3.PPO, "learn", diverge)
+    for network in ("span", "mlp_tanh"):
+        record = run(changed(CARTPOLE, training={"network": network}), tmp_path)
+        assert record["diverged"]
+        assert (record["steps"], record["returns"]) == ([32, 64], [20.0, 20.0])

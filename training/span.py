@@ -3,14 +3,13 @@
     python -m training.span --config training/configs/span_cartpole.yaml [--out runs/span] [--section.key value ...]
 
 Writes `agent.zip` (SB3's own format) and `record.json`, a learning curve, in a folder for each task, size, network,
-learning rate and seed. A run whose record is there is not run again. A config with a section `data` instead of `task`
-trains offline, as `training.span_offline` does.
+learning rate and seed. A run whose record is there is not run again; one of other settings there is an error. A config
+with a section `data` instead of `task` trains offline, as `training.span_offline` does.
 """
 
 import argparse
 import importlib
 import inspect
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from training import span_offline
 from training.provenance import provenance, write_json
 from training.settings import Settings, load_yaml, read_settings
-from training.span_networks import FAMILIES, count_parameters, make_agent
+from training.span_networks import FAMILIES, SPAN_OPTIONS, count_parameters, make_agent
 
 ALGORITHMS = ("PPO", "A2C", "SAC", "TD3", "DDPG")
 TASK = {
@@ -51,7 +50,6 @@ TASK = {
     "threshold": 1.0,  # of one that solves the task
 }
 TRAINING = {"network": "span", "size": "small", "learning_rate": 1e-3, "seed": 0, "purpose": "test"}
-SPAN_OPTIONS = ("num_cells", "degree", "num_blocks", "normalization", "learn_knot_scale", "initialization")
 NOISE = {"normal": NormalActionNoise, "ornstein_uhlenbeck": OrnsteinUhlenbeckActionNoise}
 RECORD = "record.json"
 EVALUATION_SEED = 10_000  # the same starts for all agents, and none of training
@@ -93,18 +91,25 @@ def run(settings: Settings, task_name: str, out: str | Path, *, progress: bool =
         progress: Whether to show a bar.
 
     Raises:
-        ValueError: On settings that do not fit each other.
+        ValueError: On settings that do not fit each other, or a folder that holds a run of others.
     """
     task, training = {**TASK, **settings["task"]}, {**TRAINING, **settings["training"]}
     check(task, training, settings["sizes"], settings["algorithm"])
     folder = folder_of(out, task_name, training)
-    if (folder / RECORD).is_file():
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if (known := span_offline.kept_record(folder, settings, what_counts)) is not None:
+        return known
     env, evaluation_env = environments(task, training["seed"])
     agent = make(settings, env)
     curve = Curve(evaluation_env, task, progress)
     start = time.perf_counter()
-    agent.learn(task["total_steps"], callback=curve)
+    try:
+        agent.learn(task["total_steps"], callback=curve)
+    except ValueError:  # what SB3's distributions make of NaN
+        if not (diverged := has_diverged(agent)):
+            raise
+        curve.fill(task["low"])
+    else:
+        diverged = False
     seconds = time.perf_counter() - start - curve.seconds
     record = {
         "task": task_name,
@@ -121,6 +126,7 @@ def run(settings: Settings, task_name: str, out: str | Path, *, progress: bool =
         "returns": curve.returns,
         "successes": curve.successes if all(each is not None for each in curve.successes) else None,
         "reference": {name: task[name] for name in ("low", "high", "threshold")},
+        "diverged": diverged,
         "train_seconds": seconds,
         "settings": settings,
         "provenance": provenance(training["seed"]),
@@ -157,12 +163,34 @@ def check(
     for name in ("total_steps", "num_envs", "num_evaluations", "num_episodes"):
         if not isinstance(task[name], int) or task[name] < 1:
             raise ValueError(f"task.{name} = {task[name]!r}; expected an integer of at least 1.")
+    if task["num_evaluations"] * task["num_envs"] > task["total_steps"]:
+        raise ValueError(
+            f"task.num_evaluations = {task['num_evaluations']} with task.num_envs = {task['num_envs']} in "
+            f"task.total_steps = {task['total_steps']}; expected a step of all environments between evaluations."
+        )
     if not isinstance(training["learning_rate"], int | float) or not training["learning_rate"] > 0:
         raise ValueError(f"training.learning_rate = {training['learning_rate']!r}; expected a number above 0.")
     if not task["low"] < task["threshold"] <= task["high"]:
         raise ValueError(
             f"task.low, threshold and high = {task['low']}, {task['threshold']}, {task['high']}; expected them to rise."
         )
+
+
+def has_diverged(agent: BaseAlgorithm) -> bool:
+    """Whether a parameter is no number any more."""
+    return not all(each.isfinite().all() for each in agent.policy.parameters())
+
+
+def what_counts(settings: Settings) -> Settings:
+    """Of settings, what a run depends on, defaults written out."""
+    training = {**TRAINING, **settings["training"]}
+    return {
+        "task": {**TASK, **settings["task"]},
+        "algorithm": settings["algorithm"],
+        "size": settings["sizes"][training["size"]],
+        "span": settings["span"] if training["network"] == "span" else {},
+        "training": training,
+    }
 
 
 def folder_of(out: str | Path, task_name: str, training: Mapping[str, Any]) -> Path:
@@ -204,7 +232,9 @@ def make(settings: Settings, env: VecEnv) -> BaseAlgorithm:
     arguments = dict(settings["algorithm"])
     policy = {**arguments.pop("policy_kwargs", {})}
     # One operation for all parameters instead of ten for each, which is much of a small network's update.
-    policy["optimizer_kwargs"] = {"fused": True, **({"eps": 1e-5} if task["algorithm"] == "PPO" else {})}
+    faster = {"fused": True, **({"eps": 1e-5} if task["algorithm"] == "PPO" else {})}
+    if "optimizer_class" not in policy:
+        policy["optimizer_kwargs"] = {**faster, **policy.get("optimizer_kwargs", {})}
     options = {}
     if training["network"] == "span":
         options = {**settings["span"], **({"check_observations": "finite"} if task["normalize"] else {})}
@@ -231,7 +261,7 @@ class Curve(BaseCallback):
     def __init__(self, env: VecEnv, task: Mapping[str, Any], progress: bool):
         super().__init__()
         self.env, self.num_episodes = env, task["num_episodes"]
-        self.every, self.total = task["total_steps"] / task["num_evaluations"], task["total_steps"]
+        self.num_evaluations, self.total = task["num_evaluations"], task["total_steps"]
         self.steps: list[int] = []
         self.returns: list[float] = []
         self.successes: list[float | None] = []
@@ -240,9 +270,13 @@ class Curve(BaseCallback):
 
     def _on_step(self) -> bool:
         self.bar.update(min(self.num_timesteps, self.total) - self.bar.n)
-        if self.num_timesteps >= self.every * (len(self.steps) + 1) and len(self.steps) < self.total / self.every:
+        if len(self.steps) < self.num_evaluations and self.num_timesteps >= self._due():
             self._evaluate()
         return True
+
+    def _due(self) -> float:
+        # Multiplied first: the last one is due at the last step, and not a rounding error after it.
+        return self.total * (len(self.steps) + 1) / self.num_evaluations
 
     def _evaluate(self) -> None:
         start, successes = time.perf_counter(), []
@@ -255,11 +289,19 @@ class Curve(BaseCallback):
         returns, _ = evaluate_policy(
             self.model, self.env, self.num_episodes, return_episode_rewards=True, callback=note, warn=False
         )
-        self.steps.append(round(self.every * (len(self.steps) + 1)))
+        self.steps.append(round(self._due()))
         self.returns.append(float(np.mean(returns)))
         self.successes.append(float(np.mean(successes)) if successes else None)
         self.bar.set_postfix({"return": f"{self.returns[-1]:.1f}"})
         self.seconds += time.perf_counter() - start
+
+    def fill(self, value: float) -> None:
+        """Takes evaluations that a run did not live to see for this return, and for failures."""
+        while len(self.steps) < self.num_evaluations:
+            self.steps.append(round(self._due()))
+            self.returns.append(float(value))
+            self.successes.append(0.0 if None not in self.successes else None)
+        self.bar.close()
 
     def _on_training_end(self) -> None:
         self.bar.close()

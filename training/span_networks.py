@@ -16,6 +16,7 @@ from training.kan import KANActorCriticPolicy, KANSACPolicy, KANTD3Policy, kan
 
 MAX_WIDTH = 2048
 LAYERS = 2  # hidden ones of an MLP
+SPAN_OPTIONS = ("num_cells", "degree", "num_blocks", "normalization", "learn_knot_scale", "initialization")
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Family:
         network: Makes one for numbers of inputs, of outputs and a width; further options go to it by name.
         policies: SB3's policies by the name of an algorithm.
         policy_arguments: Of these, for a width.
+        options: That the networks take besides.
     """
 
     network: Callable[..., nn.Module]
     policies: dict[str, str | type]
     policy_arguments: Callable[..., dict[str, Any]]
+    options: tuple[str, ...] = ()
 
 
 def span_sizes(width: int, **options: Any) -> dict[str, Any]:
@@ -76,6 +79,7 @@ FAMILIES = {
             **dict.fromkeys(("TD3", "DDPG"), SpanTD3Policy),
         },
         span_sizes,
+        SPAN_OPTIONS,
     ),
     "mlp_tanh": _mlp(nn.Tanh),
     "mlp_relu": _mlp(nn.ReLU),
@@ -110,12 +114,16 @@ def make_network(name: str, num_inputs: int, num_outputs: int, *, num_parameters
         num_inputs: Width of x, (batch, num_inputs).
         num_outputs: Width of the result, (batch, num_outputs).
         num_parameters: At least 1.
-        options: For SPAN, settings of [`~leviathan.SpanConfig`].
+        options: For SPAN, ``SPAN_OPTIONS`` of [`~leviathan.SpanConfig`].
 
     Raises:
-        ValueError: If the family is unknown or a number below 1.
+        ValueError: If the family is unknown, it has no such option, or a number is below 1 or out of reach.
     """
-    network = family(name).network
+    kind = family(name)
+    network = kind.network
+    if strange := sorted(set(options) - set(kind.options)):
+        known = ", ".join(kind.options) or "none"
+        raise ValueError(f"options of {name}: {', '.join(strange)} unknown; expected some of: {known}.")
     if num_parameters < 1:
         raise ValueError(f"num_parameters = {num_parameters}; expected at least 1.")
 
@@ -169,10 +177,16 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def nearest_width(count: Callable[[int], int], num_parameters: int) -> int:
-    """The width whose count is nearest, by bisection, as counts grow with the width."""
+    """The width whose count is nearest, by bisection, as counts grow with the width.
+
+    Raises:
+        ValueError: If not even ``MAX_WIDTH`` has as many.
+    """
     low, high = 1, 2
     while count(high) < num_parameters and high < MAX_WIDTH:
         low, high = high, 2 * high
+    if count(high) < num_parameters:
+        raise ValueError(f"num_parameters = {num_parameters}; a width of {high} has {count(high)}: ask for fewer.")
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) < num_parameters else (low, middle)

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -26,6 +26,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from gymnasium.envs.registration import EnvSpec
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -153,7 +154,7 @@ def run(settings: Settings, out: str | Path, *, make_network: MakeNamedNetwork =
         ValueError: On settings that do not fit each other or the data, or a folder that holds another record.
     """
     out, settings = Path(out), complete(settings)
-    if (known := kept_record(out, settings)) is not None:
+    if (known := kept_record(out, told(settings))) is not None:
         return known
     accelerator = _accelerator()
     options = settings["training"]
@@ -272,8 +273,15 @@ def told(settings: Settings) -> Settings:
     return settings | {"data": settings["data"] | {"root": None if root is None else relative(root)}}
 
 
-def kept_record(out: Path, settings: Settings) -> dict[str, Any] | None:
+def kept_record(
+    out: Path, settings: Settings, comparable: Callable[[Settings], Settings] = dict
+) -> dict[str, Any] | None:
     """The record in a folder, None if there is none.
+
+    Args:
+        out: The folder.
+        settings: As a record has them.
+        comparable: Of settings, what has to be the same.
 
     Raises:
         ValueError: If it is one of other settings.
@@ -282,8 +290,8 @@ def kept_record(out: Path, settings: Settings) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    if record["settings"] != json.loads(json.dumps(told(settings))):
-        raise ValueError(f"{out} holds a record of other settings; choose another --out.")
+    if comparable(record["settings"]) != comparable(json.loads(json.dumps(settings))):
+        raise ValueError(f"{out} holds a record of other settings; choose another --out, or delete it.")
     return record
 
 
@@ -481,7 +489,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     out = known.out or Path("runs", known.config.stem)
     try:
         record = run(read_settings(known.config, flags, allowed), out)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         raise SystemExit(f"error: {error}") from error
     if record["evaluations"]:  # of the first process alone
         print(summary(record))
