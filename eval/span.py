@@ -107,7 +107,7 @@ def offline_part(study: Study, out: Path, num_processes: int) -> list[dict[str, 
     names: list[str] = []
     for task in plan["tasks"]:
         expert, folder = expert_of(plan, task, out)
-        names += span_offline.make_datasets(root, expert, folder, num_steps=plan["dataset_steps"])
+        names += span_offline.make_datasets(root, expert, folder, num_steps=plan["dataset_steps"], kinds=plan["kinds"])
     tuning = span_offline.run_all(span_offline.jobs(names, plan, root, out / "offline"), num_processes)
     rates = span_offline.chosen(tuning)
     records = span_offline.run_all(span_offline.jobs(names, plan, root, out / "offline", rates), num_processes)

@@ -22,6 +22,7 @@ from training.span_networks import make_network
 
 EXPERT_NOISE = 0.05  # of the range of actions
 TUNING_SEED = 100
+KINDS = ("expert", "mixed")
 RANDOM_EPISODES = 20
 
 Job = tuple[Path, dict[str, Any]]  # folder and settings of a run
@@ -32,14 +33,25 @@ def load_agent(folder: Path, algorithm: str) -> BaseAlgorithm:
     return algorithm_class(algorithm).load(folder / "agent.zip", device="cpu")
 
 
-def make_datasets(root: Path, expert: Mapping[str, Any], folder: Path, *, num_steps: int, seed: int = 0) -> list[str]:
-    """Records what an agent does, alone and with as many steps of random actions; what is there is kept.
+def make_datasets(
+    root: Path,
+    expert: Mapping[str, Any],
+    folder: Path,
+    *,
+    num_steps: int,
+    kinds: Sequence[str] = KINDS,
+    seed: int = 0,
+) -> list[str]:
+    """Records what an agent does, alone ("expert") and with as many steps of random actions ("mixed").
+
+    What is there is kept.
 
     Args:
         root: Folder of data sets.
         expert: The record of the agent's run.
         folder: Of that run.
         num_steps: Of each data set, at least.
+        kinds: Of ``KINDS``.
         seed: Of environments and noise.
 
     Returns:
@@ -51,7 +63,7 @@ def make_datasets(root: Path, expert: Mapping[str, Any], folder: Path, *, num_st
     task = expert["settings"]["task"]
     if task.get("normalize"):
         raise ValueError(f"{expert['task']}: the agent of a task with normalize cannot be recorded; choose another.")
-    names = {kind: f"{expert['task']}/{kind}-v0" for kind in ("expert", "mixed")}
+    names = {kind: f"{expert['task']}/{kind}-v0" for kind in kinds}
     if missing := [kind for kind, name in names.items() if not (root / name).exists()]:
         agent, environment = load_agent(folder, expert["algorithm"]), expert["environment"]
         env = make_vec_env(environment, RANDOM_EPISODES, seed=seed, env_kwargs=dict(task.get("options", {})))
