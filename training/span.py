@@ -104,7 +104,7 @@ def run(settings: Settings, task_name: str, out: str | Path, *, progress: bool =
     start = time.perf_counter()
     try:
         agent.learn(task["total_steps"], callback=curve)
-    except ValueError:  # what SB3's distributions make of NaN
+    except (ValueError, RuntimeError):  # what SB3's distributions make of NaN, by their sort and version
         if not (diverged := has_diverged(agent)):
             raise
         curve.fill(task["low"])
