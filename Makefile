@@ -151,7 +151,7 @@ vsna-card: .venv/.installed
 	$(BIN)/python -m eval.vsna_card --study model_cards/vsna/vsna.json --remarks model_cards/vsna/remarks.md \
 		--out model_cards/vsna.md
 
-# SPAN beside MLPs and KANs of its size: about three hours on a core, resumable; PROCESSES runs at one time.
+# SPAN beside MLPs and KANs of its size (hours on two cores; resumable); PROCESSES runs at one time.
 SPAN := runs/span
 PROCESSES ?= 2
 span-study: .venv/.installed
