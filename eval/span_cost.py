@@ -33,7 +33,7 @@ def cost_part(
     *,
     networks: Sequence[str] = tuple(FAMILIES),
     batch_size: int = 256,
-    repeats: int = 40,
+    repeats: int = 20,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Medians over ``repeats`` turns, and ratios to the MLP that SB3 takes by itself, with as many parameters.

@@ -101,6 +101,7 @@ class _SpanPolicy:
         )
         self.check_observations = check_observations
         self._warned = False
+        self._bounds: dict[str, list[np.ndarray]] = {}  # of the parts of an observation
         super().__init__(
             observation_space,
             action_space,
@@ -154,6 +155,12 @@ class _SpanPolicy:
         if not isinstance(space, spaces.Box) or observation.dtype == torch.uint8:
             return
         values = observation.float().cpu().numpy()  # as the networks see them
+        if name not in self._bounds:
+            largest = np.finfo(np.float32).max  # below infinity
+            self._bounds[name] = [bound.clip(-largest, largest).astype(np.float32) for bound in (space.low, space.high)]
+        low, high = self._bounds[name]
+        if ((values >= low) & (values <= high)).all():
+            return
         if not (finite := np.isfinite(values)).all():
             row, *place = np.argwhere(~finite)[0].tolist()
             raise ValueError(
@@ -162,9 +169,7 @@ class _SpanPolicy:
             )
         if self.check_observations == "finite" or self._warned:
             return
-        low, high = (bound.astype(np.float32, copy=False) for bound in (space.low, space.high))
-        if not (outside := (values < low) | (values > high)).any():
-            return
+        outside = (values < low) | (values > high)
         row, *place = np.argwhere(outside)[0].tolist()
         problem = (
             f"{name} {place} = {values[row, *place]:g} lies outside of its interval [{low[*place]:g}, "
