@@ -9,13 +9,14 @@ pictures, the grid of values and the drive lie beside --study. What no record ca
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from eval.card import commit, value
+from eval.markdown import bullets, number, table, targets_table
 from eval.span_figures import draw_all, look, pictures_of, titled
 from eval.span_statistics import LAST_SHARE, LEAST_LAST
 from eval.span_study import BEST_MLP, OURS, summarise_offline
@@ -33,7 +34,6 @@ from training.provenance import write_text
 
 Record = Mapping[str, Any]
 
-TOLD = {True: "reached", False: "**not reached**", None: "not measured"}
 DRIVE = "drive.gif"
 PUBLISHED = (
     "Published (arXiv 2601.23225): 30 to 50 % better sample efficiency, 1.3 to 9 times the success rates of MLPs, and "
@@ -44,14 +44,6 @@ COST_NOTE = (
     "has nothing to do with splines: they draw actions without SB3's distribution objects, evaluate all critics at "
     "once, and leave out the critics' gradients while the actor learns."
 )
-
-
-def targets_table(study: Record) -> str:
-    """The figures asked for beside those measured."""
-    rows = [
-        (each["figure"], each["asked"], _number(each["measured"]), TOLD[each["reached"]]) for each in study["targets"]
-    ]
-    return table(("figure", "asked", "measured", ""), rows)
 
 
 def tasks_table(summary: Record) -> str:
@@ -161,7 +153,7 @@ def offline_table(records: Sequence[Record]) -> str:
         score = f"{row['mean']:.3f}" + ("" if row["spread"] is None else f" ± {row['spread']:.3f}")
         about = (row["dataset"], row["algorithm"], f"{row['parameter_factor']:g}", look(row["network"])[2])
         marked = _bold(score, row["mean"] + (row["spread"] or 0) >= top)
-        lines.append((*about, f"{row['num_parameters']:,}", row["num_seeds"], marked, _number(row["ratio"])))
+        lines.append((*about, f"{row['num_parameters']:,}", row["num_seeds"], marked, number(row["ratio"])))
     titles = ("data", "algorithm", "factor", "network", "parameters", "seeds", "normalised return")
     return table((*titles, f"{look(OURS)[2]} / best MLP"), lines)
 
@@ -219,9 +211,9 @@ def span_card(study: Record, folder: str, pictures: Sequence[str] = (), remarks:
     by_size = "".join(
         f"Size {size}:\n\n{shown.get(f'curves_{size}', '')}{runs_table(summary, size)}\n\n" for size in sizes
     )
-    missing = f"Missing from an even study:\n\n{_lines(summary['missing'])}\n\n" if summary["missing"] else ""
+    missing = f"Missing from an even study:\n\n{bullets(summary['missing'])}\n\n" if summary["missing"] else ""
     cost = study.get("cost") or {}
-    step = f"## Time\n\n{_lines(cost_words(cost))}\n\n{COST_NOTE}\n\n{cost_table(cost)}\n\n" if cost else ""
+    step = f"## Time\n\n{bullets(cost_words(cost))}\n\n{COST_NOTE}\n\n{cost_table(cost)}\n\n" if cost else ""
     offline = study.get("offline") or []
     fixed = ""
     if offline:
@@ -271,7 +263,7 @@ As a network of its own: `leviathan.SpanModel(leviathan.SpanConfig(num_inputs=4,
 
 ## Over all tasks
 
-{_lines([*comparison_words(summary["comparisons"]), *task_words(summary["comparisons"])])}
+{bullets([*comparison_words(summary["comparisons"]), *task_words(summary["comparisons"])])}
 
 {shown.get("aggregates", "")}{aggregates_table(summary)}
 
@@ -281,7 +273,7 @@ As a network of its own: `leviathan.SpanModel(leviathan.SpanConfig(num_inputs=4,
 
 {tasks_table(summary)}
 
-{_lines(winner_words(summary["rows"]))}
+{bullets(winner_words(summary["rows"]))}
 
 In brackets, here and above: {summary["confidence"] * 100:g} % intervals. In bold the best and all whose interval holds
 it.
@@ -304,9 +296,9 @@ it.
   are in proportion to steps, of runs that shared the machine.
 - P(X > Y): Mann-Whitney's statistic, a mean over tasks; ties count half.
 
-{_lines(choice_words(summary))}
+{bullets(choice_words(summary))}
 
-{_lines(made(study))}
+{bullets(made(study))}
 
 ## Limits
 
@@ -332,26 +324,12 @@ def bold(estimates: Sequence[Record], best: Callable[..., Any], form: str) -> li
     return texts
 
 
-def table(titles: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def _bold(text: str, flag: bool) -> str:
     return f"**{text}**" if flag else text
 
 
 def _rate(row: Record) -> str:
     return f"{row['learning_rate']:g}"
-
-
-def _number(measured: float | None) -> str:
-    return "" if measured is None else f"{measured:.3g}"
-
-
-def _lines(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,13 +9,14 @@ slices that pictures show, and the pictures, lie beside --study. What no record 
 import argparse
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from eval.card import commit, value
+from eval.markdown import bullets, table, targets_table
 from eval.turbulence_targets import listed
 from eval.vsna import PARTS
 from eval.vsna_figures import draw_all, named
@@ -33,16 +34,6 @@ from training.provenance import write_text
 
 Record = Mapping[str, Any]
 
-TOLD = {True: "reached", False: "**not reached**", None: "not measured"}
-
-
-def targets_table(study: Record) -> str:
-    """The figures asked for beside those measured."""
-    rows = [
-        (each["figure"], each["asked"], _number(each["measured"]), TOLD[each["reached"]]) for each in study["targets"]
-    ]
-    return _table(("figure", "asked", "measured", ""), rows)
-
 
 def rates_table(part: Record) -> str:
     """Fitted slopes in cells, and decades for each function of spectral axes."""
@@ -54,7 +45,7 @@ def rates_table(part: Record) -> str:
         theory = "" if spectral else rate["theory"]
         sizes = listed([str(size) for size in rate["sizes"]])
         rows.append((named(rate["problem"]), kind, sizes, slope, theory, f"{rate['least_error']:.1e}"))
-    return _table(("problem", "axes", "cells or functions", "slope", "theory", "least error"), rows)
+    return table(("problem", "axes", "cells or functions", "slope", "theory", "least error"), rows)
 
 
 def frontier_table(part: Record) -> str:
@@ -69,7 +60,7 @@ def frontier_table(part: Record) -> str:
         shown = f"{sum(errors) / len(errors):.2e}" + (f" (at most {max(errors):.2e})" if len(errors) > 1 else "")
         seconds = sum(fit["seconds"] for fit in fits) / len(fits)
         rows.append((form.replace("_", " "), num_cells, rank, f"{size:,}", shown, len(fits), f"{seconds:.0f}"))
-    return _table(("form", "cells", "rank", "parameters", "relative L2 error", "seeds", "seconds"), rows)
+    return table(("form", "cells", "rank", "parameters", "relative L2 error", "seeds", "seconds"), rows)
 
 
 def peers_table(part: Record, problem: str) -> str:
@@ -81,7 +72,7 @@ def peers_table(part: Record, problem: str) -> str:
             error = "" if row["relative_l2"] is None else f"{row['relative_l2']:.2e}"
             seconds = "" if row["seconds"] is None else f"{row['seconds']:.3g}"
             rows.append((METHODS[row["method"]], row["setting"], size, rank, error, seconds, row["note"]))
-    return _table(("", "asked", "parameters", "rank", "relative L2 error", "seconds", ""), rows)
+    return table(("", "asked", "parameters", "rank", "relative L2 error", "seconds", ""), rows)
 
 
 def goals_table(part: Record) -> str:
@@ -95,7 +86,7 @@ def goals_table(part: Record) -> str:
             text = "" if seconds is None else f"{seconds:.3g}"
             cells.append(f"**{text}**" if seconds == best else text)
         rows.append((named(row["problem"]), f"{row['goal']:g}", *cells))
-    return _table(("problem", "error", *METHODS.values()), rows)
+    return table(("problem", "error", *METHODS.values()), rows)
 
 
 def made_table(study: Record) -> str:
@@ -110,8 +101,8 @@ def made_table(study: Record) -> str:
         hardware = f"{value(by, 'hardware.processor')}, {value(by, 'hardware.cores')} cores, "
         hardware += f"{value(by, 'hardware.threads')} thread(s) of torch; {versions}"
         stacks.setdefault(hardware, []).append(name)
-    table = _table(("part", "command", "commit", "date", "seconds", "seed"), rows)
-    return f"{table}\n\n{_listed_lines(f'{listed(names)}: {stack}' for stack, names in stacks.items())}"
+    parts = table(("part", "command", "commit", "date", "seconds", "seed"), rows)
+    return f"{parts}\n\n{bullets(f'{listed(names)}: {stack}' for stack, names in stacks.items())}"
 
 
 def vsna_card(study: Record, pictures: str, remarks: str = "") -> str:
@@ -194,7 +185,7 @@ Advection by a rotation of any rate and diffusion of any diffusivity, in a cube 
 of `training/vsna_plume.py`. One train is solved for each number of cells. All else is fitted to it, and seconds are \
 those of the solve and the fit.
 
-{_listed_lines(frontier_words(study["frontier"]))}
+{bullets(frontier_words(study["frontier"]))}
 
 ![Error against parameters]({pictures}/frontier.png)
 
@@ -214,7 +205,7 @@ their error is measured at {peers["num_samples"]:,} random points.
 
 {goals_table(peers)}
 
-{_listed_lines([*goal_words(peers["goals"]), *rank_words(peers["rows"])])}
+{bullets([*goal_words(peers["goals"]), *rank_words(peers["rows"])])}
 
 ![Error against time and rank]({pictures}/peers.png)
 
@@ -226,7 +217,7 @@ A query is the whole field of space and time for one set of parameters. To finit
 values at all nodes at all steps; of the field it is its values there, in double precision, by products of matrices.
 The elements' solvers are made for these boxes (`training/elements.py`).
 
-{_listed_lines(speed_up_words(speed_ups))}
+{bullets(speed_up_words(speed_ups))}
 
 ![Error against the time of a query]({pictures}/speed.png)
 
@@ -234,7 +225,7 @@ The elements' solvers are made for these boxes (`training/elements.py`).
 
 Heat conduction under a moving beam of variable shape (`training/laser.py`), against finite elements.
 
-{_listed_lines([*laser_words(study["laser"]), *sweep_words(study["sweep"])])}
+{bullets([*laser_words(study["laser"]), *sweep_words(study["sweep"])])}
 
 ![Slices of the rise]({pictures}/laser.png)
 
@@ -244,19 +235,6 @@ Heat conduction under a moving beam of variable shape (`training/laser.py`), aga
 
 {made_table(study)}
 """
-
-
-def _number(measured: float | None) -> str:
-    return "" if measured is None else f"{measured:.3g}"
-
-
-def _listed_lines(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _table(titles: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
