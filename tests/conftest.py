@@ -23,6 +23,7 @@ settings.load_profile("project")
 def pytest_collection_modifyitems(config, items):
     for marker, missing, present in (
         ("gpu", "no CUDA device", torch.cuda.is_available()),
+        ("muspectre", "no muSpectre", importlib.util.find_spec("muSpectre") is not None),
         ("torchtt", "no torchTT", importlib.util.find_spec("torchtt") is not None),
     ):
         kept = [item for item in items if present or item.get_closest_marker(marker) is None]

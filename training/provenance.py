@@ -19,6 +19,7 @@ PACKAGES = (
     *("leviathan-sna", "torch", "transformers", "accelerate", "datasets", "numpy"),
     *("scikit-learn", "xgboost-cpu", "pykan", "pyinn", "scikit-fem", "torchTT", "PyWavelets"),
     *("gymnasium", "stable-baselines3", "mujoco", "minari", "arch"),
+    *("scipy", "scikit-image", "meshio"),
 )
 
 
