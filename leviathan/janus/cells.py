@@ -86,7 +86,7 @@ def threshold(
     first voxels in C order become solid.
 
     Args:
-        scores: (cells, m, ...), not NaN.
+        scores: (cells, m, ...), not NaN. What has minus infinity comes last, and is never exchanged for exactness.
         volume_fraction: Between 0 and 1, one for all or (cells,).
         symmetry: Of the scores.
         boundary: (m, ...), 0 for voxels that are void whatever their score, 1 for solid ones and 2 for free ones, which
@@ -124,11 +124,8 @@ def threshold(
     flat = scores.reshape(num_cells, -1)
     flat = flat if flat.is_floating_point() else flat.float()
     if symmetry == "cubic":
-        # The same order of summation for each orbit, so that the mean does not depend on the device's scatter.
-        members = orbit.argsort(stable=True)
-        parts = flat[:, members].double().cumsum(-1)
-        ends = size.cumsum(0) - 1
-        flat = parts[:, ends].diff(dim=-1, prepend=parts.new_zeros(num_cells, 1)) / size
+        sums = torch.zeros(num_cells, len(size), dtype=torch.float64, device=device)
+        flat = sums.index_add_(1, orbit, flat.double()) / size
     chosen = fixed.expand(num_cells, -1).clone()
     chosen[:, is_free] = _fill(flat[:, is_free], size[is_free], wanted - least)
     return chosen[:, orbit].view(scores.shape)
@@ -249,6 +246,22 @@ def bicontinuous(phase: Tensor, symmetry: str) -> Tensor:
     return result & percolates(~solid) if phase.ndim == 4 else result
 
 
+def islands(cells: Tensor, symmetry: str) -> Tensor:
+    """Solid that floats: True voxels that no path joins to where the solid links all faces, (cells, m, ...).
+
+    None in cells where it links no faces. With arguments as of :func:`bicontinuous`, but bool.
+    """
+    _check_symmetry(symmetry)
+    linked = cells
+    for axis in range(1, cells.ndim):
+        for face in (0, -1):
+            start = torch.zeros_like(cells)
+            start.select(axis, face).copy_(linked.select(axis, face))
+            linked = _flood(start, linked, periodic=False)
+    linked = _flood(linked, cells, periodic=symmetry == "none")
+    return cells & ~linked & linked.flatten(1).any(-1).view(-1, *(1,) * (cells.ndim - 1))
+
+
 def check_cells(cells: Tensor, resolution: int, dims: int) -> None:
     """Raises ValueError unless the cells are (cells, resolution, ...) and of zeros and ones."""
     if cells.ndim != dims + 1 or any(n != resolution for n in cells.shape[1:]):
@@ -290,5 +303,5 @@ def _flood(start: Tensor, cells: Tensor, periodic: bool) -> Tensor:
     return reached.movedim(-1, 0)
 
 
-__all__ = ["SYMMETRIES", "bicontinuous", "boundary_mask", "check_cells", "is_connected", "orthant", "percolates"]
-__all__ += ["symmetrise", "threshold", "voxel_orbits", "whole_cell"]
+__all__ = ["SYMMETRIES", "bicontinuous", "boundary_mask", "check_cells", "is_connected", "islands", "orthant"]
+__all__ += ["percolates", "symmetrise", "threshold", "voxel_orbits", "whole_cell"]
