@@ -11,7 +11,7 @@ FLOW := --num-grid 64 --num-snapshots 21 --k-tot 8 --viscosity 1e-3 --warm-up-ti
 # accelerate launch gives a process one thread unless told otherwise.
 demo demo-short text turbulence: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo demo-short text text-study turbulence turbulence-data turbulence-card heads speed card text-card khronos khronos-card vsna-study vsna-card span-study span-card test lint
+.PHONY: demo demo-short text text-study turbulence turbulence-data turbulence-card heads speed card text-card khronos khronos-card vsna-study vsna-card span-study span-card janus janus-study janus-card test lint
 
 demo: .venv/.installed
 	$(BIN)/python -m training.turbulence --out runs/demo/data.hdf5 --num-trajectories 96 $(FLOW)
@@ -162,6 +162,24 @@ span-card: .venv/.installed
 	cp $(SPAN)/study/* model_cards/span/
 	$(BIN)/python -m eval.span_card --study model_cards/span/span.json --remarks model_cards/span/remarks.md \
 		--out model_cards/span.md
+
+# Janus: cells labelled by homogenisation, a model of them, and the beam (half an hour on two cores).
+JANUS := runs/janus
+janus: .venv/.installed
+	$(BIN)/python -m training.microstructures --out $(JANUS)/cells --num-cells 3000 --seed 0 --processes $(PROCESSES)
+	$(BIN)/python -m training.janus --config training/configs/janus_cpu.yaml --out $(JANUS)/model
+	$(BIN)/python -m training.janus_beam --model $(JANUS)/model --out $(JANUS)/beam --refine physics
+
+# Its separable head against an MLP, five trainings each, and all that its card tells (hours on two cores; resumable).
+janus-study: janus
+	OMP_NUM_THREADS=1 $(BIN)/python -m eval.janus --out $(JANUS)/study --data $(JANUS)/cells --beam $(JANUS)/beam \
+		--processes $(PROCESSES)
+
+janus-card: .venv/.installed
+	mkdir -p model_cards/janus
+	cp $(JANUS)/study/janus.json $(JANUS)/study/arrays.safetensors $(JANUS)/beam/*.png model_cards/janus/
+	$(BIN)/python -m eval.janus_card --study model_cards/janus/janus.json --remarks model_cards/janus/remarks.md \
+		--out model_cards/janus.md
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --numprocesses 2

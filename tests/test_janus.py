@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModel
 
 import leviathan
 from leviathan.janus.configuration import SnaJanusConfig
-from leviathan.janus.modeling import ChannelsToVoxels, SnaJanusModel, SnaJanusOutput
+from leviathan.janus.modeling import SnaJanusModel, SnaJanusOutput
+from leviathan.janus.networks import ChannelsToVoxels
 from leviathan.janus.physics import Physics
 from sna_core.squashed_product import squashed_product_reference
 

@@ -12,6 +12,7 @@ from leviathan.janus.cells import (
     boundary_mask,
     check_cells,
     is_connected,
+    islands,
     orthant,
     percolates,
     symmetrise,
@@ -242,3 +243,27 @@ def test_cells_of_other_shapes_or_values_are_refused():
         check_cells(torch.ones(2, 4, 4), 4, 3)
     with pytest.raises(ValueError, match="other than 0 and 1"):
         check_cells(torch.full((2, 4, 4), 0.5), 4, 2)
+
+
+@pytest.mark.parametrize("symmetry", ["none", "mirror"])
+def test_islands_are_the_solid_apart_from_what_links_all_faces(symmetry):
+    cells = torch.zeros(2, 6, 6, 6, dtype=torch.bool)
+    cells[0, 3, 3], cells[0, 3, :, 3], cells[0, :, 3, 3] = True, True, True
+    cells[1, 3, 3] = True  # links no face but along one axis: nothing says what floats
+    linked = cells.clone()
+    cells[:, 1, 1, 1] = True
+    cells[:, 0, 2, 2] = cells[:, 0, 2, 3] = cells[:, 0, 3, 2] = True
+    floating = islands(cells, symmetry)
+    assert not floating[1].any()
+    assert torch.equal(cells[0] & ~floating[0], linked[0] | cells[0] & (torch.arange(6) == 0).view(6, 1, 1))
+    assert floating[0].nonzero().tolist() == [[1, 1, 1]]
+
+
+def test_an_orbit_that_is_ruled_out_is_not_taken_to_make_a_count_exact():
+    scores = symmetrise(random(4, 6, 6, 6), "cubic")
+    line = torch.arange(6)
+    scores[:, line, line, line] = -torch.inf
+    cells = threshold(scores, 0.5, "cubic")
+    assert not cells[:, line, line, line].any()
+    assert counts(cells).tolist() == [108] * 4
+    assert counts(threshold(scores, 109 / 216, "cubic")).tolist() == [108] * 4

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cells import FREE, SOLID, VOID, bicontinuous, islands, threshold
-from .physics import properties
+from leviathan.janus.cells import FREE, SOLID, VOID, bicontinuous, islands, threshold
+from leviathan.janus.physics import properties
 
 if TYPE_CHECKING:
-    from .configuration import SnaJanusConfig
-    from .modeling import SnaJanusModel
+    from leviathan.janus.configuration import SnaJanusConfig
+    from leviathan.janus.modeling import SnaJanusModel
 
 CELLS_AT_ONCE = 128  # through the encoder or decoder
 ISLAND_ROUNDS = 32  # of taking floating solid away: the voxels on a diagonal come one by one

@@ -6,9 +6,8 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from leviathan.janus.physics import Physics
 from sna_core.network import check_counts
-
-from .physics import Physics
 
 PROPERTIES = ("C1111", "C1122", "C2323", "volume_fraction", "permeability")
 WEIGHTS = ("reconstruction_weight", "property_weight", "cycle_weight", "jacobian_weight", "latent_weight")

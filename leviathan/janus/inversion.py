@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .candidates import Candidates, Goal, is_binary, realise, shared_boundary
-from .cells import threshold, whole_cell
-from .latent_search import correct, residuals, search, starts
-from .physics import canonical, nearest_name
-from .refinement import exchange, steer
+from leviathan.janus.candidates import Candidates, Goal, is_binary, realise, shared_boundary
+from leviathan.janus.cells import threshold, whole_cell
+from leviathan.janus.latent_search import correct, residuals, search, starts
+from leviathan.janus.physics import canonical, nearest_name
+from leviathan.janus.refinement import exchange, steer
 
 if TYPE_CHECKING:
-    from .modeling import SnaJanusModel
+    from leviathan.janus.modeling import SnaJanusModel
 
 ROWS_AT_ONCE = 1024  # candidates
 STEERED, EXCHANGED = 4, 2  # of each target the best so many candidates are refined in the latent space, by voxels

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .candidates import Goal, binarise, decode, encode, standardise
+from leviathan.janus.candidates import Goal, binarise, decode, encode, standardise
 
 if TYPE_CHECKING:
-    from .modeling import SnaJanusModel
+    from leviathan.janus.modeling import SnaJanusModel
 
 POOL = 4  # times as many codes as candidates, of which those far apart from each other are taken
 JITTER = 0.1  # of the starts, in standard deviations of the codes

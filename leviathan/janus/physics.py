@@ -8,8 +8,7 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
-from .homogenization import Homogenized, Isotropic, conductivity, elastic_stiffness
-from .homogenization.permeability import permeability
+from leviathan.janus.homogenization import Homogenized, Isotropic, conductivity, elastic_stiffness, permeability
 
 CELLS_AT_ONCE = 64  # without derivatives
 VOIGT = ((1, 1), (2, 2), (3, 3), (2, 3), (1, 3), (1, 2))

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .candidates import Candidates, Goal, cut, predicted, realise, shared_boundary, standardise
-from .cells import FREE, bicontinuous, symmetrise, threshold
-from .latent_search import residuals, search
-from .physics import properties
+from leviathan.janus.candidates import Candidates, Goal, cut, predicted, realise, shared_boundary, standardise
+from leviathan.janus.cells import FREE, bicontinuous, symmetrise, threshold
+from leviathan.janus.latent_search import residuals, search
+from leviathan.janus.physics import properties
 
 if TYPE_CHECKING:
-    from .modeling import SnaJanusModel
+    from leviathan.janus.modeling import SnaJanusModel
 
 GOOD = 2e-3  # relative error at which a candidate is left alone
 CELLS_AT_ONCE = 64  # whose fields are kept for the derivatives
