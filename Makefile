@@ -166,7 +166,7 @@ span-card: .venv/.installed
 # Janus: cells labelled by homogenisation, a model of them, and the beam (half an hour on two cores).
 JANUS := runs/janus
 janus: .venv/.installed
-	$(BIN)/python -m training.microstructures --out $(JANUS)/cells --num-cells 3000 --seed 0 --processes $(PROCESSES)
+	$(BIN)/python -m training.microstructures --out $(JANUS)/cells --num-cells 6000 --seed 0 --processes $(PROCESSES)
 	$(BIN)/python -m training.janus --config training/configs/janus_cpu.yaml --out $(JANUS)/model
 	$(BIN)/python -m training.janus_beam --model $(JANUS)/model --out $(JANUS)/beam --refine physics
 

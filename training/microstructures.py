@@ -12,7 +12,7 @@ Triply periodic minimal surfaces in their nodal approximation: von Schnering and
 
 `conductivity`: whole periodic cells in 2-D without symmetry: thresholded Fourier fields, inclusions and stripes.
 
-    python -m training.microstructures --out runs/janus/cells --num-cells 3000 --resolution 16 --seed 0 --processes 2
+    python -m training.microstructures --out runs/janus/cells --num-cells 6000 --resolution 16 --seed 0 --processes 2
 """
 
 import argparse
@@ -398,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=style)
     parser.add_argument("--out", type=Path, required=True, help="folder of the set")
     parser.add_argument("--kind", choices=tuple(KINDS), default="cells", help="octants in 3-D, or 2-D cells")
-    parser.add_argument("--num-cells", type=int, default=3000, help="cells to draw")
+    parser.add_argument("--num-cells", type=int, default=6000, help="cells to draw")
     parser.add_argument("--resolution", type=int, help="voxels along an edge; 16 in 3-D and 32 in 2-D if not given")
     parser.add_argument("--seed", type=int, default=0, help="cell i depends on the seed and i alone")
     parser.add_argument("--property-names", nargs="*", help="labels; the kind's own if not given, none if empty")
