@@ -163,12 +163,14 @@ span-card: .venv/.installed
 	$(BIN)/python -m eval.span_card --study model_cards/span/span.json --remarks model_cards/span/remarks.md \
 		--out model_cards/span.md
 
-# Janus: cells labelled by homogenisation, a model of them, and the beam (half an hour on two cores).
+# Janus: cells labelled by homogenisation, a model of them, and the beam (half an hour on two cores); what is there is kept.
 JANUS := runs/janus
 janus: .venv/.installed
 	$(BIN)/python -m training.microstructures --out $(JANUS)/cells --num-cells 6000 --seed 0 --processes $(PROCESSES)
-	$(BIN)/python -m training.janus --config training/configs/janus_cpu.yaml --out $(JANUS)/model
-	$(BIN)/python -m training.janus_beam --model $(JANUS)/model --out $(JANUS)/beam --refine physics
+	test -f $(JANUS)/model/record.json || \
+		$(BIN)/python -m training.janus --config training/configs/janus_cpu.yaml --out $(JANUS)/model
+	test -f $(JANUS)/beam/beam.json || \
+		$(BIN)/python -m training.janus_beam --model $(JANUS)/model --out $(JANUS)/beam --refine physics
 
 # Its separable head against an MLP, five trainings each, and all that its card tells (hours on two cores; resumable).
 janus-study: janus

@@ -69,13 +69,13 @@ class Ratio:
 
     Attributes:
         statistic: What is divided by what.
-        value: Of all targets and seeds; None if the reference makes no error, or there are none.
+        value: Of all pairs; None if the reference makes no error, or there are none.
         low: End of the interval; None with a single seed or target.
         high: Likewise; also None where it is infinite.
         level: Of confidence.
         num_resamples: Of the bootstrap.
         num_wins: Pairs of one seed and one target in which the reference has the smaller error.
-        num_pairs: All pairs.
+        num_pairs: Of one seed and one target, those with an error of both.
         of: ``"best"`` candidates, or the ``"mean of candidates"``.
     """
 
@@ -296,10 +296,12 @@ def head_ratio(ours: NDArray, others: NDArray, num_resamples: int, of: str) -> R
     """The mean of the other head's errors over that of ours, both (seeds, targets), with its bootstrap interval.
 
     The seeds of each head, whose models are other ones, and the targets, which all have in common, are drawn anew with
-    replacement: the pigeonhole bootstrap, A. B. Owen, Annals of Applied Statistics 1, 2007. Errors that are NaN are
-    left out of the means.
+    replacement: the pigeonhole bootstrap, A. B. Owen, Annals of Applied Statistics 1, 2007. A pair of one seed and one
+    target in which an error is NaN is left out for both heads: one that fails on hard targets gains nothing by it.
     """
     num_seeds, num_targets = ours.shape
+    known = np.isfinite(ours) & np.isfinite(others)
+    ours, others = np.where(known, ours, np.nan), np.where(known, others, np.nan)
 
     def statistic(our_seeds: Sequence[NDArray], other_seeds: Sequence[NDArray], targets: Sequence[NDArray]) -> NDArray:
         places = (group[0].astype(int) for group in (our_seeds, other_seeds, targets))
@@ -308,7 +310,6 @@ def head_ratio(ours: NDArray, others: NDArray, num_resamples: int, of: str) -> R
 
     numbers = [np.arange(num_seeds)], [np.arange(num_seeds)], [np.arange(num_targets)]
     found = bootstrap(statistic, *numbers, num_resamples=num_resamples, seed=STATISTICS_SEED)
-    known = np.isfinite(ours) & np.isfinite(others)
     return Ratio(
         statistic=f"mean error of {OTHER} over that of {REFERENCE}",
         value=_finite(found.value),

@@ -194,6 +194,7 @@ class SchwarzP:
     """Instead of a model: octants of Schwarz's P surface with one boundary; refined ones are nearer to their target."""
 
     law = beam_targets(10, (350, 50), (0.65, 0.25))
+    device = torch.device("cpu")
 
     def __init__(self, m=8):
         physics = SimpleNamespace(
@@ -253,6 +254,7 @@ def test_the_job_reports_both_sets(beam):
     assert [(call["refine"], call["seed"]) for call in beam.model.calls] == [
         (refine, seed) for refine in (None, "physics") for seed in range(4)
     ]
+    assert beam.record["device"] == "cpu"
     assert list(beam.record["sets"]) == ["unrefined", "refined"]
     rough, fine = beam.record["sets"].values()
     assert fine["stiffness"]["mae"] < rough["stiffness"]["mae"] < 0.06
@@ -283,6 +285,9 @@ def test_the_job_writes_everything_whole(beam):
     arrays = load_file(beam.out / "cells.safetensors")
     assert arrays["refined.orthants"].shape == (3, 2, 2, 8, 8, 8)
     assert arrays["refined.stiffness"].shape == (3, 2, 2, 6, 6)
+    cells = beam.record["sets"]["refined"]["cells"]
+    np.testing.assert_allclose(cells["volume_fraction"], arrays["refined.orthants"].mean((3, 4, 5)))
+    np.testing.assert_allclose(cells["stiffness"], arrays["refined.stiffness"][..., 0, 0])
     solid = arrays["refined.orthants"].mean() * 12  # in cells
     mesh = meshio.read(beam.out / "beam.stl")
     surface = Surface(mesh.points.astype(np.float64), mesh.get_cells_type("triangle"))
@@ -352,11 +357,15 @@ def test_models_of_another_kind_are_refused(tmp_path, change, message):
         ("--target.num_cells=3", "three integers"),
         ("--target.num_cells=[1, 2, 2]", "1 cells along"),
         ("--target.stiffness=[50, 350]", "root > tip > 0"),
+        ("--beam.elements_per_cell=0", r"beam\.elements_per_cell = 0"),
+        ("--picture.width=0", "no view"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, flag, message):
+    model = SchwarzP()
     with pytest.raises(ValueError, match=message):
-        run(SchwarzP(), settings_of(flag), tmp_path)
+        run(model, settings_of(flag), tmp_path)
+    assert not model.calls  # before the hours of the inversion
 
 
 def test_other_bad_input(tmp_path):

@@ -19,7 +19,7 @@ from eval.janus_models import add_arrays, load_model, test_errors
 from leviathan.janus.cells import bicontinuous, whole_cell
 from leviathan.janus.homogenization import elastic_stiffness
 from leviathan.janus.physics import Physics, properties
-from training.microstructure_data import MicrostructureSet
+from training.microstructure_data import MicrostructureSet, load_set
 from training.provenance import write_json
 
 PART_FUNCTIONS = {
@@ -87,6 +87,19 @@ def test_inversions_are_those_of_the_cells_that_are_kept(small):
     torch.testing.assert_close(checked["volume_fraction"], arrays["gallery.targets"][:, 1], rtol=0, atol=half_orbit)
     refined = [row["refine"] for row in part["ablation"]]
     assert refined == [None] * len(SMALL["inversion"]["prior_factors"]) + ["physics"]
+
+
+def test_what_is_reported_is_of_held_out_cells(small):
+    out, record = small
+    held_out, arrays = load_set(out / "cells").split("test"), load_file(out / janus_models.ARRAYS)
+    torch.testing.assert_close(arrays["parity.label"], held_out.labels, rtol=0, atol=0)
+    stiffness = set(held_out.labels[:, held_out.property_names.index("C1111")].tolist())
+    assert {target["C1111"] for target in record["inversion"]["targets"]} <= stiffness
+    assert len(record["inversion"]["targets"]) == len(held_out) == record["models"]["rows"][0]["num_test"]
+    (digits,) = record["digits"]["rows"]
+    count = len(janus_demonstrations.digits().splits["test"][0])
+    for share in (digits["test_accuracy"], record["digits"]["classifier_accuracy"]):
+        assert share * count == pytest.approx(round(share * count))
 
 
 def test_demonstrations_have_a_row_for_each_seed(small):
@@ -296,6 +309,12 @@ def test_ratio_leaves_out_what_has_no_error():
     assert found.value == pytest.approx(2.0)
     assert (found.num_wins, found.num_pairs) == (2, 2)
     assert head_ratio(ours[:1], others[:1], 50, "best").low is None  # one seed tells nothing of seeds
+
+
+def test_a_head_that_fails_on_hard_targets_gains_nothing():
+    ours = np.array([[0.01, 0.01, 0.3]] * 2)
+    found = head_ratio(ours, np.where(ours > 0.1, np.nan, ours), 50, "best")
+    assert (found.value, found.num_pairs) == (1.0, 4)
 
 
 def test_heads_are_compared_on_the_same_targets():

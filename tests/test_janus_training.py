@@ -1,6 +1,7 @@
 """The job that trains a Janus: from a labelled set or digits to a model that remembers, also after an interruption."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,8 @@ def test_digits(tmp_path):
         ({"weight_decay": -1}, r"training\.weight_decay = -1"),
         ({"warmup_fraction": 2}, r"training\.warmup_fraction = 2"),
         ({"mixed_precision": "fp8"}, "expected 'no' or 'bf16'"),
+        ({"seed": 0.5}, r"training\.seed = 0\.5"),
+        ({"seed": 2**40}, r"training\.seed = 1099511627776"),
     ],
     ids=str,
 )
@@ -210,6 +213,25 @@ def test_a_loss_that_is_no_longer_finite(path, tmp_path, monkeypatch):
     monkeypatch.setattr(SnaJanusModel, "forward", spoilt)
     with pytest.raises(ValueError, match=r"no longer finite in epoch 1; lower training\.learning_rate"):
         run(settings_for(path), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("names", [NAMES, ()])
+def test_sets_whose_labels_were_not_computed(names, tmp_path):
+    """As training.lbom writes them without --label: with the release's labels, or with none."""
+
+    def unlabelled(indices):
+        cells = make(indices)
+        return replace(cells, labels=cells.labels[:, : len(names)])
+
+    free = torch.full((4, 4, 4), 2, dtype=torch.uint8)
+    options = {"settings": {"physics": None}, "symmetry": "cubic", "boundary": free, "seed": 0, "progress": False}
+    write_set(tmp_path, unlabelled, 20, property_names=names, **options)
+    if names:
+        config = build_model(MODEL, read_examples({"path": str(tmp_path)})).config
+        assert config.youngs_modulus == SnaJanusConfig().youngs_modulus
+        return
+    with pytest.raises(ValueError, match="has no labels"):
+        read_examples({"path": str(tmp_path)})
 
 
 def test_properties_without_a_logarithm(path):

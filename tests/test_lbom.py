@@ -156,6 +156,28 @@ def test_cells_that_differ_from_the_others_are_left_out_and_counted(tmp_path):
     assert not {1, 3} & set(load_set(tmp_path / "set").indices.tolist())
 
 
+def test_whole_cells_that_are_not_mirror_symmetric_are_left_out(tmp_path):
+    root = release(tmp_path / "data", whole(CELLS * 6))
+    crooked = whole(CELLS)[1].copy()
+    crooked[EDGE + 2, EDGE + 2, EDGE + 2] ^= 1  # not in the octant that is kept
+    (root / "img" / "1voxel").write_bytes(np.ascontiguousarray(crooked).tobytes())
+    found = inspect(root)
+    assert found.whole
+    convert(found, tmp_path / "set", progress=False)
+    assert totals(read_set_file(tmp_path / "set")) == {"cells": 35, "not symmetric": 1}
+
+
+@pytest.mark.parametrize(
+    "values", [lambda cell: cell + 1, lambda cell: 2 * cell, lambda cell: 200 * cell + np.arange(EDGE)]
+)
+def test_bytes_of_other_values_are_not_taken_for_bits(tmp_path, values):
+    root = release(tmp_path / "data")
+    for identity, cell in enumerate(CELLS):
+        (root / "img" / f"{identity}voxel").write_bytes(values(cell).astype(np.uint8).tobytes())
+    with pytest.raises(ValueError, match=r"expected 0 and 1, 0 and 255, or packed bits"):
+        inspect(root)
+
+
 def test_damaged_releases_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has no folder img"):
         inspect(tmp_path)

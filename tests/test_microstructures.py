@@ -309,6 +309,7 @@ def test_conductivity_sets_are_whole_cells_in_two_dimensions(tmp_path):
         ({"kind": "conductivity", "resolution": 2}, "at least 4"),
         ({"property_names": ("C7777",)}, "no property 'C7777'"),
         ({"property_names": ("C12x",)}, "no property"),
+        ({"property_names": ("C11", "C1111")}, "C1111, C1111; expected none of them twice"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(tmp_path, changes, message):
@@ -339,6 +340,23 @@ def test_the_command_prints_what_it_made(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*flags, "--seed", "1"])
     assert "error: " in capsys.readouterr().err
+
+
+def test_files_without_cells_are_passed_over(tmp_path):
+    def make(indices):
+        kept = [index for index in indices if index >= first]
+        phase, labels = np.zeros((len(kept), 4, 4), np.uint8), np.array(kept, np.float32).reshape(-1, 1)
+        return microstructure_data.Cells(phase, ["flat"] * len(kept), kept, labels)
+
+    options = {"settings": {}, "property_names": ["C1111"], "symmetry": "none", "seed": 0, "progress": False}
+    options |= {"boundary": torch.full((4, 4), 2), "shard_size": 2, "batch_size": 2}
+    first = 3
+    write_set(tmp_path / "some", make, 6, **options)
+    assert load_set(tmp_path / "some").indices.tolist() == [3, 4, 5]
+    first = 6
+    write_set(tmp_path / "none", make, 6, **options)
+    with pytest.raises(ValueError, match="has no cells: all were rejected"):
+        load_set(tmp_path / "none")
 
 
 def test_a_writer_keeps_the_order_of_its_batches(tmp_path):

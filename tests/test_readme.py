@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from leviathan import FieldTokenizer, LeviathanConfig, LeviathanForCausalLM
+from leviathan import FieldTokenizer, LeviathanConfig, LeviathanForCausalLM, SnaJanusConfig, SnaJanusModel
 from sna_core import SeparableEmbedding
 from training.settings import read_settings
 from training.train import allowed_keys
@@ -54,9 +54,15 @@ def test_snippets_run_as_written(tmp_path, monkeypatch):
     text = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[UNK]", model_input_names=["input_ids"])
     text.save_pretrained("runs/text/model")
     tiny("runs/text/model", 3)
+    statistics = {"property_mean": [150.0, 0.45], "property_std": [80.0, 0.1], "property_high": [400.0, 0.8]}
+    config = SnaJanusConfig(
+        **{"resolution": 4, "channels": [4], "latent_dim": 4, "head_rank": 2},
+        **{"property_names": ["C1111", "volume_fraction"], **statistics},
+    )
+    SnaJanusModel(config).save_pretrained("runs/janus/model")
 
     snippets = fences("python")
-    assert len(snippets) == 8
+    assert len(snippets) == 9
     namespace = {}
     for number, snippet in enumerate(snippets):
         # The README is ours, and running what it says is the point of this test.
@@ -66,6 +72,9 @@ def test_snippets_run_as_written(tmp_path, monkeypatch):
     assert isinstance(namespace["embedding"], torch.nn.Module)
     assert namespace["found"].converged.any()
     assert namespace["score"] > 0.9
+    assert namespace["design"].cells.shape == (16, 4, 4, 4)
+    assert namespace["phase"].grad.isfinite().all()
+    assert namespace["flow"].shape == (1, 3, 3)
     mean = 2 / math.pi * math.exp(-0.005 * math.pi**2)  # over x, at t = 1
     assert namespace["cooling"](torch.ones(1, 1)).item() == pytest.approx(mean, abs=1e-6)
     assert type(namespace["llama"]).__name__ == "LlamaForCausalLM"

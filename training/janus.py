@@ -125,9 +125,11 @@ def labelled_cells(path: str | Path, properties: Sequence[str] | None = None) ->
     """A labelled set, with the properties of these names.
 
     Raises:
-        ValueError: As :func:`read_examples`.
+        ValueError: As :func:`read_examples`, or if the set has no labels.
     """
     whole = load_set(path)
+    if not whole.property_names:
+        raise ValueError(f"{path} has no labels; make it with some (training.lbom: --label).")
     names = list(properties or whole.property_names)
     if missing := [name for name in names if name not in whole.property_names]:
         raise ValueError(f"{path} has no {', '.join(missing)}; expected some of {', '.join(whole.property_names)}.")
@@ -140,7 +142,8 @@ def labelled_cells(path: str | Path, properties: Sequence[str] | None = None) ->
         "symmetry": whole.symmetry,
         "shared_boundary": bool((whole.boundary != FREE).any()),
         "property_names": names,
-        **{name: value for name, value in whole.settings.get("physics", {}).items() if name in PHYSICS},
+        # None where labels were not computed but came with the cells.
+        **{name: value for name, value in (whole.settings.get("physics") or {}).items() if name in PHYSICS},
     }
     if len(labels):
         low, high = labels.amin(0), labels.amax(0)
@@ -265,6 +268,8 @@ def _check_training(given: Mapping[str, Any]) -> None:
         value = given[name]
         if not isinstance(value, int | float) or not least <= value <= most or (name == "learning_rate" and not value):
             raise ValueError(f"training.{name} = {value!r}; expected a number from {least} to {most}.")
+    if type(given["seed"]) is not int or not 0 <= given["seed"] < 2**32:
+        raise ValueError(f"training.seed = {given['seed']!r}; expected an integer from 0 to {2**32 - 1}.")
     if given["mixed_precision"] not in ("no", "bf16"):
         raise ValueError(f"training.mixed_precision = {given['mixed_precision']!r}; expected 'no' or 'bf16'.")
 

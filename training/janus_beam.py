@@ -35,6 +35,7 @@ from torch import Tensor
 from leviathan.janus import Design, SnaJanusModel
 from leviathan.janus.cells import whole_cell
 from leviathan.janus.homogenization import Isotropic, elastic_stiffness
+from sna_core.network import check_counts
 from training.beam import BeamTargets, FieldErrors, beam_targets, compare_beams
 from training.provenance import provenance, relative, write_json
 from training.settings import Settings, read_settings
@@ -284,6 +285,7 @@ def _check(model: SnaJanusModel, settings: Settings, refine: str | None) -> None
         isinstance(counts, list | tuple) and len(counts) == 3 and all(isinstance(n, int) and n > 0 for n in counts)
     ):
         raise ValueError(f"target.num_cells = {counts!r}; expected three integers above 0: along x, y and z.")
+    check_counts(**{"beam.elements_per_cell": settings["beam"]["elements_per_cell"]})
 
 
 def summary(record: Mapping[str, Any]) -> str:

@@ -92,7 +92,7 @@ def inspect(root: str | Path) -> LbomRelease:
         edge *= 2
         layout = _bit_layout(raw, edge, notes)
     cells = np.stack([_decode(each, edge, layout) for each in raw])
-    whole = edge % 2 == 0 and all(np.array_equal(cells, np.flip(cells, axis)) for axis in (1, 2, 3))
+    whole = edge % 2 == 0 and all(map(_is_mirror, cells))
     if whole:
         edge //= 2
         cells = cells[:, :edge, :edge, :edge]
@@ -124,11 +124,19 @@ def read_octant(release: LbomRelease, path: Path) -> np.ndarray:
     Raises:
         ValueError: If the file is not as the others are.
     """
+    return _octant(release, _read_cell(release, path))
+
+
+def _read_cell(release: LbomRelease, path: Path) -> np.ndarray:
+    """What a file holds: an octant, or a whole cell."""
     edge = release.edge * (2 if release.whole else 1)
     raw, size = np.fromfile(path, np.uint8), edge**3 // (1 if release.layout == "bytes" else 8)
     if raw.size != size or (release.layout == "bytes" and not np.isin(raw, (0, 1, 255)).all()):
         raise ValueError(f"{path} has {raw.size} bytes, of values up to {raw.max(initial=0)}; expected {release.note}.")
-    cell = _decode(raw, edge, release.layout)
+    return _decode(raw, edge, release.layout)
+
+
+def _octant(release: LbomRelease, cell: np.ndarray) -> np.ndarray:
     if release.whole:
         cell = cell[: release.edge, : release.edge, : release.edge]
     return np.flip(cell) if release.flipped else cell
@@ -160,6 +168,7 @@ def convert(
     resolution: int | None = None,
     property_names: Sequence[str] = (),
     physics: Physics | None = None,
+    device: str = "cpu",
     **options: int | bool,
 ) -> None:
     """Writes the release as a labelled set; cells with another symmetry or boundary than the others are left out.
@@ -170,6 +179,7 @@ def convert(
         resolution: Voxels along an edge of the octant, a divisor of the release's; that one if None.
         property_names: To be computed; the release's own labels are taken if there are none.
         physics: Materials and method of computed labels; its symmetry is the release's.
+        device: Where to compute labels.
         options: Of :func:`training.microstructure_data.write_set`: shard_size, batch_size, processes, progress.
 
     Raises:
@@ -185,7 +195,15 @@ def convert(
     free = torch.full((resolution,) * 3, FREE, dtype=torch.uint8)
     write_set(
         path,
-        partial(_convert, release=release, first=boundary, resolution=resolution, names=names, physics=physics),
+        partial(
+            _convert,
+            release=release,
+            first=boundary,
+            resolution=resolution,
+            names=names,
+            physics=physics,
+            device=device,
+        ),
         len(release.files),
         settings={
             "kind": "lbom",
@@ -210,13 +228,15 @@ def _convert(
     resolution: int,
     names: Sequence[str],
     physics: Physics,
+    device: str,
 ) -> Cells:
     kept, identities, counts = [], [], Counter()
     edge = boundary_mask(release.edge, 3, "mirror").numpy()
     for index in indices:
         identity, path = release.files[index]
-        octant = read_octant(release, path)
-        if release.symmetry == "cubic" and not _is_cubic(octant):
+        cell = _read_cell(release, path)
+        octant = _octant(release, cell)
+        if (release.whole and not _is_mirror(cell)) or (release.symmetry == "cubic" and not _is_cubic(octant)):
             counts["not symmetric"] += 1
         elif first is not None and not np.array_equal(octant[edge], first[edge]):
             counts["another boundary"] += 1
@@ -231,7 +251,7 @@ def _convert(
         labels=own.reshape(len(kept), len(release.property_names)),
         counts=counts,
     )
-    return label(cells, names, physics) if names else cells
+    return label(cells, names, physics, device) if names else cells
 
 
 def _voxel_files(root: Path) -> list[tuple[int, Path]]:
@@ -262,11 +282,20 @@ def _edge_in_bytes(files: Sequence[tuple[int, Path]]) -> int:
 
 
 def _bit_layout(raw: np.ndarray, edge: int, notes: list[str]) -> str:
-    """The order of bits that makes cells cubic, or else leaves the fewest changes of phase along the last axis."""
+    """The order of bits that makes most cells cubic; of both, the one with fewer changes of phase along the last axis.
+
+    Raises:
+        ValueError: If neither does: any bytes can be read as bits, also those of grey values.
+    """
     merits = {}
     for layout in ("bits, first is highest", "bits, first is lowest"):
         cells = np.stack([_decode(each, edge, layout) for each in raw])
         merits[layout] = (-sum(map(_is_cubic, cells)), np.count_nonzero(cells[..., 1:] != cells[..., :-1]))
+    if -2 * min(merits.values())[0] <= len(raw):
+        raise ValueError(
+            f"bytes of files hold {len(np.unique(raw))} values, {raw.min()} to {raw.max()}; expected 0 and 1, 0 and "
+            "255, or packed bits that make cells of cubic symmetry. Threshold grey values first."
+        )
     if len(set(merits.values())) == 1:
         notes.append("the order of bits makes no difference that shows: the highest is taken as first")
     return min(merits, key=merits.__getitem__)
@@ -300,6 +329,10 @@ def _boundary_side(cells: np.ndarray, notes: list[str]) -> tuple[bool, bool]:
 
 def _is_cubic(octant: np.ndarray) -> bool:
     return all(np.array_equal(octant, octant.transpose(order)) for order in permutations(range(3)))
+
+
+def _is_mirror(cell: np.ndarray) -> bool:
+    return all(np.array_equal(cell, np.flip(cell, axis)) for axis in range(3))
 
 
 def _block_sums(values: np.ndarray, resolution: int) -> np.ndarray:
@@ -403,6 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="processes, with one thread each if several")
     parser.add_argument("--batch-size", type=int, default=32, help="cells labelled at once")
     parser.add_argument("--shard-size", type=int, default=256, help="cells of a file")
+    parser.add_argument("--device", default="cpu", help="of the labels: cpu, cuda, cuda:1, ...")
     add_physics(parser)
     given = vars(parser.parse_args(arguments))
     root, out, physics = given.pop("root"), given.pop("out"), take_physics(given, "cubic")

@@ -160,7 +160,7 @@ def write_set(
         What `set.json` holds.
 
     Raises:
-        ValueError: If a number is out of range, or the folder holds a set of other settings.
+        ValueError: If a number is out of range, a property is named twice, or the folder holds a set of other settings.
     """
     path = Path(path)
     for name, value in (("num_cells", num_cells), ("shard_size", shard_size), ("processes", processes)):
@@ -168,6 +168,8 @@ def write_set(
             raise ValueError(f"{name} = {value}; expected at least 1.")
     if not 1 <= batch_size <= shard_size:
         raise ValueError(f"batch_size = {batch_size}; expected between 1 and {shard_size}, the indices of a file.")
+    if len(set(property_names)) < len(property_names):
+        raise ValueError(f"property_names = {', '.join(property_names)}; expected none of them twice.")
     made_with = {**settings, "property_names": list(property_names), "num_cells": num_cells, "seed": seed}
     made_with |= {"shard_size": shard_size, "batch_size": batch_size}
     content = {
@@ -226,10 +228,13 @@ def microstructures(path: str | Path, streaming: bool = False) -> Dataset | Iter
     """A set as a data set of Hugging Face `datasets`: all its splits, which the column `split` tells apart.
 
     Raises:
-        ValueError: If there is none, or only a part of it.
+        ValueError: If there is none, or only a part of it, or no cell in it.
     """
-    num_shards = read_set_file(path)["num_shards"]
-    files = [str(Path(path, _shard_name(number)).resolve()) for number in range(num_shards)]
+    # Those of which no cell was kept have no rows, which `datasets` does not read.
+    numbers = [number for number, shard in enumerate(read_set_file(path)["shards"]) if shard["cells"]]
+    if not numbers:
+        raise ValueError(f"{path} has no cells: all were rejected, for what {SET_FILE} counts.")
+    files = [str(Path(path, _shard_name(number)).resolve()) for number in numbers]
     missing = [Path(name).name for name in files if not Path(name).exists()]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; delete the folder and make the set again.")

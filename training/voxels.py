@@ -159,12 +159,21 @@ class View:
         elevation: Its angle above the plane of x and y, in degrees.
         width: Pixels.
         samples: Rays along each side of a pixel.
+
+    Raises:
+        ValueError: If an option is out of range.
     """
 
     azimuth: float = -65.0
     elevation: float = 25.0
     width: int = 1600
     samples: int = 2
+
+    def __post_init__(self):
+        if min(self.width, self.samples) < 1 or not -90 < self.elevation < 90:
+            raise ValueError(
+                f"{self} is no view; expected width and samples above 0 and an elevation within (-90, 90)."
+            )
 
     def axes(self) -> tuple[Array, Array, Array]:
         """Unit vectors to the right, up, and away from the camera."""
@@ -215,14 +224,12 @@ def shade(solid: NDArray, blocks: tuple[int, int, int], view: View) -> Shading:
         view: The camera. The height of the picture is what the solid needs.
 
     Raises:
-        ValueError: If the blocks do not divide the solid, or an option of the view is out of range.
+        ValueError: If the blocks do not divide the solid.
     """
     solid = _checked_solid(solid)
     shape = np.array(solid.shape)
     if len(blocks) != 3 or min(blocks) < 1 or (shape % blocks).any():
         raise ValueError(f"{blocks} blocks do not divide a solid of {solid.shape} voxels.")
-    if view.width < 1 or view.samples < 1 or not -90 < view.elevation < 90:
-        raise ValueError(f"{view} is no view; expected width and samples above 0 and an elevation within (-90, 90).")
     edges = shape // blocks
 
     right, up, away = view.axes()
