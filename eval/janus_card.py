@@ -59,6 +59,7 @@ ERRORS = {
     "checked_error": "checked error",
     "mean_checked_error": "mean of candidates",
     "gap": "gap",
+    "mean_gap": "mean gap",
     "distance": "distance from the prior",
     "num_rejected": "rejected",
 }
@@ -387,9 +388,17 @@ def _of_inversion(part: Record, shown: Mapping[str, str]) -> Iterator[str]:
         f"## Inversion\n\n{len(part['targets'])} targets of C1111 and volume fraction, those of held-out cells, "
         f"{part['num_candidates']} candidates each. Errors are relative, of C1111: of the best candidate as the head "
         "predicts them and as homogenisation checks them, and the checked one over all connected candidates. The gap "
-        "between prediction and check is the measure of hallucination. In brackets the range of seeds.\n\n"
+        "between prediction and check is the measure of hallucination, of the best candidate, which the check has "
+        "picked, and over all connected ones. In brackets the range of seeds.\n\n"
         f"{bullets(words)}\n\n{inversion_table(rows)}\n\n{shown.get('inversion', '')}"
     )
+    if plain := part.get("uncorrected"):
+        told = bullets([*ratio_words(plain)[:-1], *hallucination_words(plain["rows"])])
+        yield (
+            "### Without correction\n\nThe same targets and models, but the search ends where the head is content with "
+            "a code, as published: it does not look once more at the cell that the code is decoded to "
+            f"(`num_cycles=0`).\n\n{told}\n\n{inversion_table(plain['rows'])}\n\n"
+        )
     if ablation := part.get("ablation"):
         told = bullets(ablation_words(ablation))
         yield "### Prior and refinement\n\nOne seed, without intervals.\n\n" + f"{told}\n\n" * bool(told)

@@ -46,6 +46,7 @@ class InversionRow:
         mean_checked_error: Mean over the sound candidates, likewise.
         gap: Of the best candidate, the difference of prediction and homogenisation as a fraction of the latter;
             likewise.
+        mean_gap: Mean over the sound candidates, which no check has picked; likewise.
         num_rejected: Candidates that are not connected, or whose check did not converge.
         reachable: Whether a candidate is within the tolerance of all targets.
         distance: Of the best candidate's latent from those of training cells (Mahalanobis).
@@ -58,6 +59,7 @@ class InversionRow:
     checked_error: float | None
     mean_checked_error: float | None
     gap: float | None
+    mean_gap: float | None
     num_rejected: int
     reachable: bool
     distance: float
@@ -127,12 +129,16 @@ def inversion_part(
     designs = first.invert(targets, **options, seed=seeds[0])
     seconds = {"search": search, "check": max(0.0, time.perf_counter() - start - search)}
     add_arrays(out, gallery(designs))
-    rows = []
+    rows, uncorrected = [], []
     for head, seed in tqdm([(head, seed) for seed in seeds for head in heads], desc="inversion", disable=None):
+        path = out / INVERSIONS / f"{head}-{seed}.json"
         if (head, seed) == (heads[0], seeds[0]):
             rows += [asdict(row) for row in rows_of(designs, head, seed)]
-            continue
-        rows += _kept_rows(out / INVERSIONS / f"{head}-{seed}.json", models, targets, head, seed, options)
+        else:
+            rows += _kept_rows(path, models, targets, head, seed, options)
+        # A plain search for the maximum a posteriori, as published: nothing corrects the head's errors.
+        plain = path.with_stem(path.stem + "-uncorrected")
+        uncorrected += _kept_rows(plain, models, targets, head, seed, {**options, "num_cycles": 0})
     return {
         "num_candidates": num_candidates,
         "targets": [dict(zip(targets, values, strict=True)) for values in zip(*targets.values(), strict=True)],
@@ -143,6 +149,7 @@ def inversion_part(
         "seconds": {**seconds, "threads": torch.get_num_threads(), "num_cells": len(designs) * num_candidates},
         "ablation": ablation(out, models, targets, heads[0], seeds[0], options, prior_factors, rows),
         **compared(rows, num_resamples),
+        "uncorrected": {"rows": uncorrected, **compared(uncorrected, num_resamples)},
     }
 
 
@@ -182,6 +189,7 @@ def rows_of(designs: Sequence[Design], head: str, seed: int) -> list[InversionRo
                 checked_error=_finite(checked[0]) if sound[0] else None,
                 mean_checked_error=_finite(checked[sound].mean()),
                 gap=_finite(design.gap[STIFFNESS][0]) if sound[0] else None,
+                mean_gap=_finite(design.gap[STIFFNESS][sound].mean()),
                 num_rejected=design.num_rejected,
                 reachable=design.reachable,
                 distance=design.distance[0].item(),

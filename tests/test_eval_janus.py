@@ -271,11 +271,11 @@ def test_rows_take_the_best_candidate_and_the_mean_of_the_sound_ones():
         reachable=True,
     )
     (row,) = rows_of([design], "mlp", 3)
-    expected = InversionRow("mlp", 3, 0, 0.01, 0.04, 0.07, 0.03, 1, True, 2.0)
+    expected = InversionRow("mlp", 3, 0, 0.01, 0.04, 0.07, 0.03, 0.065, 1, True, 2.0)
     assert vars(row) == {key: pytest.approx(value) for key, value in vars(expected).items()}
     design.connected[:2] = False
     (row,) = rows_of([design], "mlp", 3)
-    assert (row.checked_error, row.mean_checked_error, row.gap) == (None, None, None)
+    assert (row.checked_error, row.mean_checked_error, row.gap, row.mean_gap) == (None,) * 4
 
 
 def _rows(errors, head):

@@ -256,6 +256,12 @@ class TestSolver:
         assert single.converged.all()
         torch.testing.assert_close(single.tensor.double(), exact.tensor, rtol=2e-5, atol=1e-7)
 
+    def test_autocast_does_not_matter(self):
+        phase = laminate().float()
+        expected = elastic_stiffness(phase).tensor
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(elastic_stiffness(phase).tensor, expected)
+
     def test_units_do_not_matter_to_single_precision(self):
         one, many = (elastic_stiffness(schwarz(4, 0.0).float(), solid=Isotropic(e, 0.3)).tensor for e in (1.0, 625e9))
         torch.testing.assert_close(many / 625e9, one)
@@ -265,6 +271,12 @@ class TestSolver:
         assert not found.converged.any()
         assert (found.residual > 1e-4).all()
         assert found.num_iterations == 3
+
+    def test_the_residual_is_the_largest_of_the_loads(self):
+        phase = torch.rand(1, 4, 4, 4, dtype=torch.float64).round()
+        options = {"symmetry": "mirror", "max_iterations": 3}
+        every = [elastic_stiffness(phase, loads=[load], **options).residual for load in range(6)]
+        torch.testing.assert_close(elastic_stiffness(phase, **options).residual, torch.stack(every).amax(0))
 
     def test_only_the_loads_that_are_asked_for(self):
         found = elastic_stiffness(schwarz(4, 0.0), symmetry="cubic", loads=[0]).tensor[0]
@@ -336,6 +348,13 @@ class TestBadInput:
     def test_options(self, options):
         with pytest.raises(ValueError, match=next(iter(options))):
             elastic_stiffness(laminate(), **options)
+
+    @pytest.mark.parametrize("effective", [elastic_stiffness, conductivity])
+    def test_cells_that_are_not_cubic(self, effective):
+        phase = torch.zeros(1, 4, 4, 4)
+        phase[:, :2] = 1
+        with pytest.raises(ValueError, match="under permutations of the axes"):
+            effective(phase, symmetry="cubic")
 
     def test_materials(self):
         with pytest.raises(ValueError, match="poissons_ratio"):

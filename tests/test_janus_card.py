@@ -74,6 +74,7 @@ def made_up():
     inversions = [
         {"head": head, "seed": seed, "index": i, "num_rejected": 1, "reachable": i < 5, "distance": 7.5}
         | dict(zip(("predicted_error", "checked_error", "mean_checked_error", "gap"), errors, strict=True))
+        | {"mean_gap": 2 * errors[-1]}
         for head in HEADS
         for seed in range(3)
         for i in range(6)
@@ -117,6 +118,7 @@ def made_up():
                 | {"checked_error": error, "gap": error, "rejected": 1.5}
                 for weight, refine, error in trials
             ],
+            "uncorrected": {"rows": inversions, "ratio": ratio | {"of": "best"}},
             "ratio": {"statistic": "mlp over separable", "of": "best"} | ratio,
             "ratio_candidates": {"statistic": "mlp over separable", "of": "mean of candidates"} | ratio | {"low": 0.9},
         },
@@ -473,7 +475,7 @@ def test_card_of_hardly_a_study(tmp_path):
 @pytest.mark.usefixtures("coarse")
 def test_card_of_numbers_that_are_missing(record, tmp_path):
     for row in record["inversion"]["rows"]:
-        row |= dict.fromkeys(("predicted_error", "checked_error", "mean_checked_error", "gap"))
+        row |= dict.fromkeys(("predicted_error", "checked_error", "mean_checked_error", "gap", "mean_gap"))
     for key in ("ratio", "ratio_candidates"):
         record["inversion"][key] = None
     for row in record["inversion"]["ablation"]:

@@ -267,3 +267,21 @@ def test_an_orbit_that_is_ruled_out_is_not_taken_to_make_a_count_exact():
     assert not cells[:, line, line, line].any()
     assert counts(cells).tolist() == [108] * 4
     assert counts(threshold(scores, 109 / 216, "cubic")).tolist() == [108] * 4
+
+
+def test_where_ruled_out_orbits_are_all_that_is_left_the_count_is_within_half_of_one():
+    scores = symmetrise(random(8, 4, 4, 4), "cubic")
+    scores = scores.masked_fill(symmetrise(random(8, 4, 4, 4, seed=1), "cubic") > 0, -torch.inf)
+    for wanted in range(int(scores.isfinite().flatten(1).sum(1).max()) + 1, 64):
+        cells = threshold(scores, wanted / 64, "cubic")
+        assert (counts(cells) - wanted).abs().max() <= 3
+        assert cells[scores.isfinite()].all()
+
+
+@pytest.mark.parametrize("symmetry", SYMMETRIES)
+def test_void_that_is_closed_in_is_not_bicontinuous(symmetry):
+    solid = torch.ones(2, 6, 6, 6, dtype=torch.bool)
+    solid[:, 2:4, 2:4, 2:4] = False
+    for ahead in ((slice(None), 2, 2), (2, slice(None), 2), (2, 2, slice(None))):
+        solid[(1, *ahead)] = False  # a channel along every axis
+    assert bicontinuous(solid, symmetry).tolist() == [False, True]

@@ -309,6 +309,27 @@ def test_bad_input_is_refused(model, targets, options, message):
         invert(model, targets, **options)
 
 
+def test_what_physics_does_not_know_has_to_go_unchecked():
+    config = SnaJanusConfig(resolution=4, channels=[4], latent_dim=4, property_names=["toughness", "volume_fraction"])
+    model = SnaJanusModel(config)
+    with pytest.raises(ValueError, match=r"toughness cannot be checked.*check = False"):
+        invert(model, {"toughness": 3.0})
+    assert invert(model, {"toughness": 3.0}, num_candidates=1, check=False).target == {"toughness": 3.0}
+
+
+def test_the_precision_around_the_call_does_not_matter(model):
+    targets = targets_of(model, 1)
+    (expected,) = invert(model, targets, num_candidates=2, refine="physics")
+    with torch.inference_mode():
+        (design,) = invert(model, targets, num_candidates=2, refine="physics")
+    assert torch.equal(design.latents, expected.latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        (design,) = invert(model, targets, num_candidates=2, refine="physics")
+    assert torch.equal(design.latents, expected.latents)
+    with pytest.raises(ValueError, match=r"model\.float"):
+        invert(SnaJanusModel(SnaJanusConfig(resolution=8)).bfloat16(), targets)
+
+
 def test_voigts_spelling_of_a_target_is_understood(model):
     design = invert(model, {"C11": 2.0}, num_candidates=1)
     assert design.target == {"C1111": 2.0}

@@ -42,7 +42,7 @@ def tiny(folder, vocab_size, **options):
 
 
 def test_snippets_run_as_written(tmp_path, monkeypatch):
-    """In a folder that holds what the README says `make demo` leaves, and a text model."""
+    """In a folder that holds what the README says `make demo` and `make janus` leave, and a text model."""
     monkeypatch.chdir(tmp_path)
     flow = FlowSettings(num_trajectories=1, num_grid=16, num_snapshots=2, viscosity=1e-3)
     data = write_fields(tmp_path / "runs/demo/data.hdf5", flow, progress=False)

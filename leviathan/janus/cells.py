@@ -86,7 +86,8 @@ def threshold(
     first voxels in C order become solid.
 
     Args:
-        scores: (cells, m, ...), not NaN. What has minus infinity comes last, and is never exchanged for exactness.
+        scores: (cells, m, ...), not NaN. What has minus infinity comes last, and is not exchanged for exactness while
+            something else is left.
         volume_fraction: Between 0 and 1, one for all or (cells,).
         symmetry: Of the scores.
         boundary: (m, ...), 0 for voxels that are void whatever their score, 1 for solid ones and 2 for free ones, which
@@ -169,7 +170,9 @@ def _exchange(scores: Tensor, size: Tensor, filled: Tensor, missing: Tensor) -> 
     items = items.clamp(min=0)
     was_filled, gain = filled.gather(-1, items), size.gather(-1, items)
     cut = scores.gather(-1, filled.sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1))
-    cost = (scores.gather(-1, items) - cut).abs() * gain + 1e-12  # of equal costs the fewest exchanges
+    # A cut at minus infinity, behind all that is finite, is as far from it as from any other score: NaN.
+    distance = torch.where(scores.gather(-1, items) == cut, 0.0, (scores.gather(-1, items) - cut).abs())
+    cost = distance * gain + 1e-12  # of equal costs the fewest exchanges
     gain = torch.where(was_filled, -gain, gain)
     limit = 2 * int(size.max())
     states = torch.arange(-limit, limit + 1, device=size.device)

@@ -6,11 +6,14 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from leviathan.janus.homogenization import Isotropic
+from leviathan.janus.homogenization.elements import SCHEMES
 from leviathan.janus.physics import Physics
 from sna_core.network import check_counts
 
 PROPERTIES = ("C1111", "C1122", "C2323", "volume_fraction", "permeability")
 WEIGHTS = ("reconstruction_weight", "property_weight", "cycle_weight", "jacobian_weight", "latent_weight")
+MATERIALS = ("contrast", "solid_conductivity", "void_conductivity")
 STATISTICS = {"property_mean": 0.0, "property_std": 1.0, "property_low": 0.0, "property_high": 0.0}
 
 
@@ -56,8 +59,8 @@ class SnaJanusConfig(PreTrainedConfig):
         scheme: Of the homogenisation that checks a design.
 
     Raises:
-        ValueError: If the resolution cannot be halved so often, a count is below 1, a weight is negative, or a list
-            does not have one entry for each property.
+        ValueError: If the resolution cannot be halved so often, a count is below 1, a weight is negative, a list does
+            not have one entry for each property, or there is no such material or scheme.
 
     ```python
     >>> from leviathan import SnaJanusConfig, SnaJanusModel
@@ -141,6 +144,12 @@ class SnaJanusConfig(PreTrainedConfig):
         for name in (*WEIGHTS, "latent_noise"):
             if not 0 <= (weight := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} = {weight}; expected a finite number, zero or more.")
+        Isotropic(self.youngs_modulus, self.poissons_ratio)  # says what is wrong with them
+        for name in MATERIALS:
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} = {value}; expected a finite number above 0.")
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme = {self.scheme!r}; expected one of {', '.join(SCHEMES)}.")
         if len(self.head_hidden) != 2:
             raise ValueError(f"head_hidden = {self.head_hidden}; expected the widths of two layers.")
         check_counts(**{f"head_hidden[{i}]": width for i, width in enumerate(self.head_hidden)})

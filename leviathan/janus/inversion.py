@@ -83,6 +83,7 @@ class Design:
         return whole_cell(self.cells, self.symmetry)
 
 
+@torch.inference_mode(False)  # which knows no Jacobians
 def invert(
     model: SnaJanusModel,
     targets: Mapping[str, Target],
@@ -139,7 +140,7 @@ def invert(
     Raises:
         ValueError: If a name is unknown, a target is not finite or cannot be positive where it must, a volume fraction
             is not between 0 and 1 or cannot be had with the shared boundary, sequences differ in length, or an option
-            is out of its range.
+            is out of its range, or the model is in half precision.
     """
     _check_counts(1, num_candidates=num_candidates)
     _check_counts(0, num_steps=num_steps, num_cycles=num_cycles, num_refinements=num_refinements)
@@ -150,7 +151,9 @@ def invert(
     designs = []
     try:
         size = max(1, ROWS_AT_ONCE // num_candidates)
-        with tqdm(total=len(goal.values), unit=" designs", disable=not progress) as bar:
+        # Physics needs the precision that an autocast around the call would take away.
+        no_autocast = torch.autocast(model.device.type, enabled=False)
+        with no_autocast, tqdm(total=len(goal.values), unit=" designs", disable=not progress) as bar:
             for first in range(0, len(goal.values), size):
                 part = goal.rows(slice(first, first + size))
                 z = starts(model, part, num_candidates, torch.Generator().manual_seed(seed)).flatten(0, 1)
@@ -276,7 +279,7 @@ def _message(
     else:
         what = ", ".join(f"{name} = {nearest[name]:.4g} for {value:.4g}" for name, value in target.items())
     rejected = int((~found.valid).sum())
-    parts = [f"the best of {len(found.error)} candidates: {what} ({kind}, {100 * float(found.error[0]):.2g} % off)"]
+    parts = [f"the best of {len(found.error)} candidates: {what} ({kind}, {100 * float(found.error[0]):.3g} % off)"]
     if not reachable:
         parts.insert(0, f"no candidate is within {100 * tolerance:g} % of every target, which may be out of reach")
     if rejected:
@@ -301,7 +304,12 @@ def _goal(
         raise ValueError(f"targets {list(targets)} name a property twice; name it once.")
     values, is_single = _table({name: _numbers(name, value) for name, value in targets.items()})
     for column, name, given in zip(columns, names, values.T, strict=True):
-        known = canonical(name) if check and is_binary(config) else name
+        try:
+            known = canonical(name)
+        except ValueError as error:
+            if check and is_binary(config):
+                raise ValueError(f"target {name} cannot be checked; leave it out, or set check = False.") from error
+            known = name
         if not given.isfinite().all():
             raise ValueError(f"target {name} = {given[~given.isfinite()][0]}; expected finite numbers.")
         if (known in POSITIVE or config.property_scale[column] == "log") and (given <= 0).any():
@@ -388,6 +396,8 @@ def _check_counts(least: int, **counts: int) -> None:
 def _check_options(
     model: SnaJanusModel, prior_weight: float, tolerance: float, check: bool, refine: str | None
 ) -> None:
+    if model.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the model is {model.dtype}; expected float32 or float64: call model.float() first.")
     if not (isfinite(prior_weight) and prior_weight >= 0):
         raise ValueError(f"prior_weight = {prior_weight!r}; expected a finite number, 0 or more.")
     if not (isfinite(tolerance) and tolerance > 0):

@@ -7,8 +7,9 @@ training cells, a candidate is the minimiser near :math:`z_0` of
     \lVert r(z) \rVert^2 + \frac{\lambda}{d} (z - z_0)^T P (z - z_0).
 
 The Gaussian prior stands at the start of each candidate, not at the mean of all codes, where all candidates would end
-up alike and few cells are: for a linear r the candidates are then draws from the posterior (J. M. Bardsley et al.,
-"Randomize-then-optimize", SIAM J. Sci. Comput. 36, 2014).
+up alike and few cells are. Randomize-then-optimize (J. M. Bardsley et al., SIAM J. Sci. Comput. 36, 2014) moves the
+prior's mean likewise; as starts are chosen for their properties here and targets not perturbed, candidates are not
+draws from a posterior.
 """
 
 from __future__ import annotations

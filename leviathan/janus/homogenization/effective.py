@@ -180,7 +180,8 @@ def _effective(
     options = (element, symmetry, tolerance, max_iterations, tuple(loads))
     # Displacements grow with the voxels' stiffness: a unit of one keeps single precision's range.
     unit = scale.detach().amax()
-    tensor, residual, num_iterations, _ = _Effective.apply(scale / unit, *options)
+    with torch.autocast(scale.device.type, enabled=False):  # half precision would not converge
+        tensor, residual, num_iterations, _ = _Effective.apply(scale / unit, *options)
     return Homogenized(tensor * unit, residual <= tolerance, residual, int(num_iterations), scheme)
 
 

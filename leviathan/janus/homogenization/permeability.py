@@ -102,7 +102,8 @@ def permeability(
     alpha = _resistances(phase, resistance, is_whole)
     differentiable = alpha.requires_grad and torch.is_grad_enabled()
     options = (resistance, is_whole, tolerance, max_iterations, differentiable)
-    drag, residual, num_iterations, _ = _Drag.apply(alpha, *options)
+    with torch.autocast(alpha.device.type, enabled=False):  # half precision would not converge
+        drag, residual, num_iterations, _ = _Drag.apply(alpha, *options)
     if is_whole:
         mobility = torch.linalg.inv(drag)
     else:

@@ -8,7 +8,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from leviathan.janus.cells import symmetrise
+
 Symmetry = Literal["none", "mirror", "cubic"]
+ROUNDING = 1e-3  # largest change of a cubic phase under permutations of the axes that may be left
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,4 +55,6 @@ def check_phase(phase: Tensor, symmetry: str, dims: tuple[int, ...] = (2, 3)) ->
         raise ValueError(f"phase runs from {low:g} to {high:g}; expected shares of solid from 0 to 1.")
     if phase.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"phase is {phase.dtype}; expected float32 or float64.")
+    if ((phase.detach() - symmetrise(phase.detach(), symmetry)).abs() > ROUNDING).any():
+        raise ValueError("phase changes under permutations of the axes; expected symmetry = 'mirror', or cubic cells.")
     return phase
