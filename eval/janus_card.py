@@ -291,9 +291,8 @@ head on its latent z are trained together, so that properties become separable i
 
 $$y(z) = V g(z) + v_0, \\qquad g_j(z) = \\prod_{{i=1}}^{{d}} \\psi_{{ij}}(\\sigma(a_i z_i + b_i))$$
 
-A design is found by descent from the codes of known cells to the most probable latent that is predicted to have the
-properties, decoded, cut to the volume fraction, and homogenised: the error that is told is that of physics, not that of
-the head.
+A design is found from the codes of known cells by steps to a near latent that is predicted to have the properties,
+decoded, cut to the volume fraction, and homogenised: the error that is told is that of physics, not that of the head.
 
 {shown.get("gallery", "")}## Use
 
@@ -401,7 +400,11 @@ def _of_inversion(part: Record, shown: Mapping[str, str]) -> Iterator[str]:
         )
     if ablation := part.get("ablation"):
         told = bullets(ablation_words(ablation))
-        yield "### Prior and refinement\n\nOne seed, without intervals.\n\n" + f"{told}\n\n" * bool(told)
+        yield (
+            "### Prior and refinement\n\nOne seed, without intervals. Behind a refinement the gap is that of a code "
+            "whose target was shifted, and of a cell whose voxels may have been exchanged.\n\n"
+        )
+        yield f"{told}\n\n" * bool(told)
         yield f"{ablation_table(ablation)}\n\n"
 
 

@@ -181,7 +181,10 @@ def beam_words(beam: Record) -> list[str]:
     (root, tip), (full, thin) = target["stiffness"], target["volume_fraction"]
     words = [
         f"{shape} cells, C1111 from {root:g} GPa at the root to {tip:g} at the tip, solid volume fraction from "
-        f"{full:g} to {thin:g}; {beam['settings']['inversion']['num_candidates']} candidates a cell."
+        f"{full:g} to {thin:g}; {beam['settings']['inversion']['num_candidates']} candidates a cell, and a column "
+        "takes the best distinct ones of all of its cells.",
+        "The deflection that is asked for is that of the checked stiffnesses scaled to the target C1111, so that "
+        "errors of C1111 alone show in it.",
     ]
     for name, one in sets.items():
         geometry, cells, seconds = one["geometry"], one["cells"], one["seconds"]

@@ -1,8 +1,10 @@
 """The card of Janus: its targets, words, pictures and text, from a made-up record."""
 
 import copy
+import json
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -373,11 +375,11 @@ def test_words_of_hallucination_prior_and_refinement(record):
 def test_words_of_beam_drift_and_digits(record):
     beam = record["beam"]
     told = janus_words.beam_words(beam)
-    assert "no voxel differs across 76 seams; one piece; 38 of 40 cells are distinct; 224 s." in told[1]
+    assert "no voxel differs across 76 seams; one piece; 38 of 40 cells are distinct; 224 s." in told[2]
     assert told[-1] == "Refinement by physics: mean absolute error of C1111 from 3 % to 0.8 %, 3.75 times smaller."
     beam["sets"]["unrefined"]["geometry"] |= {"seam_mismatches": 2, "num_components": 3, "floating_voxels": 9}
     beam["sets"]["unrefined"]["cells"]["num_unsound"] = 4
-    line = janus_words.beam_words(beam)[1]
+    line = janus_words.beam_words(beam)[2]
     assert "**2** voxels differ across" in line
     assert "**3 pieces**, 9 voxels outside of the largest" in line
     assert "**4 cells are not sound**" in line
@@ -504,3 +506,12 @@ def test_mid_planes_are_slices_of_whole_cells():
     assert planes.shape == (2, 6, 6)
     assert np.array_equal(planes[:, :3, :3], octants[..., -1])
     assert np.array_equal(planes, planes[:, ::-1, ::-1])
+
+
+def test_the_committed_card_is_what_its_record_generates():
+    cards = Path(__file__).resolve().parent.parent / "model_cards"
+    study = json.loads((cards / "janus" / "janus.json").read_text("utf-8"))
+    remarks, text = ((cards / name).read_text("utf-8") for name in ("janus/remarks.md", "janus.md"))
+    pictures = janus_figures.pictures_of(cards / "janus", study)
+    assert text == janus_card.janus_card(study, "janus", pictures, remarks)
+    assert all((cards / link).is_file() for link in re.findall(r"\]\((janus/[^)]+)\)", text))
