@@ -62,7 +62,7 @@ def test_ratios_are_those_of_what_was_measured(short_run, name):
 
 def test_what_is_compared_computes_the_same(short_run):
     sections = short_run[1]["sections"]
-    for name in ("embedding", "embedding_batch", "lookup", "attention", "loss", "rollout", "splines"):
+    for name in ("embedding", "embedding_batch", "lookup", "attention", "loss", "rollout", "splines", "homogenization"):
         assert sections[name]["checks"], name
         for check in sections[name]["checks"]:
             assert check["equal"], (name, check)

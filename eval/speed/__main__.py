@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from eval.speed.cells import homogenization
 from eval.speed.embedding import embedding, embedding_batch, lookup
 from eval.speed.layers import attention, loss, splines
 from eval.speed.measure import CannotRunError, Section, Setup, measured_ceilings, precision_of
@@ -43,6 +44,7 @@ SECTIONS: dict[str, Callable[[Setup], Section]] = {
         head,
         rollout,
         splines,
+        homogenization,
         roofline,
     )
 }
