@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -70,9 +70,9 @@ def draw_parity(figure: FigureBase, names: list[str], prediction: NDArray, label
         unit = UNITS.get(name, "GPa")
         ax.set(title=title, xlabel="homogenised" + f" [{unit}]" * bool(unit), box_aspect=1)
         if ax.get_xscale() == "log":
-            plain_ticks(ax.xaxis, "{:.1e}".format)
-            plain_ticks(ax.yaxis, "{:.1e}".format)
-            ax.tick_params(labelsize=8)
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_locator(LogLocator(numticks=6))  # decades: more would not fit
+                axis.set_minor_formatter(NullFormatter())
     figure.axes[0].set_ylabel("predicted")
 
 
