@@ -329,7 +329,7 @@ def draw_beam(figure: Figure, targets: BeamTargets, beam: Beam, view: View) -> N
     for ax, (picture, colours, words) in zip(figure.subplots(3, 1), pictures, strict=True):
         ax.imshow(picture, interpolation="antialiased")
         ax.set_axis_off()
-        written = PercentFormatter(1.0, decimals=1) if colours is signed else None
+        written = PercentFormatter(1.0) if colours is signed else None
         figure.colorbar(colours, ax=ax, label=words, format=written, shrink=0.75, aspect=18, pad=0.01)
 
 
