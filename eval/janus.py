@@ -25,6 +25,7 @@ from eval.janus_inversion import inversion_part
 from eval.janus_models import models_part
 from eval.janus_targets import targets
 from eval.vsna_study import plain
+from leviathan.janus.physics import Physics
 from training.microstructures import make_set
 from training.provenance import provenance, write_json
 
@@ -58,7 +59,7 @@ STUDY: dict[str, dict[str, Any]] = {
     "digits": {"seeds": (0, 1, 2), "num_candidates": 16, "flags": ()},
     "conductivity": {
         "seeds": (0, 1, 2),
-        "cells": {"num_cells": 2000, "resolution": 32, "seed": 0},
+        "cells": {"num_cells": 2000, "resolution": 32, "seed": 0, "physics": Physics(void_conductivity=0.1)},
         "num_targets": 50,
         "num_candidates": 16,
         "flags": (),
