@@ -381,21 +381,23 @@ def _of_inversion(part: Record, shown: Mapping[str, str]) -> Iterator[str]:
     rows = part["rows"]
     seconds = part.get("seconds") or {}
     took = listed([f"{name} {seconds[name]:.3g} s" for name in ("search", "check") if seconds.get(name) is not None])
-    words = [*ratio_words(part), *hallucination_words(rows), *reach_words(rows)]
+    words = [*ratio_words(part), *reach_words(rows)]
     words += [f"Time of one model for all targets: {took}."] * bool(took)
     yield (
         f"## Inversion\n\n{len(part['targets'])} targets of C1111 and volume fraction, those of held-out cells, "
         f"{part['num_candidates']} candidates each. Errors are relative, of C1111: of the best candidate as the head "
         "predicts them and as homogenisation checks them, and the checked one over all connected candidates. The gap "
-        "between prediction and check is the measure of hallucination, of the best candidate, which the check has "
-        "picked, and over all connected ones. In brackets the range of seeds.\n\n"
+        "is that between prediction and check, of the best candidate, which the check has picked, and over all. The "
+        "search shifts targets by what it sees of the head's errors, and moves codes on purpose to where prediction "
+        "and target differ, so that the measure of hallucination is the gap without correction, below. In brackets the "
+        "range of seeds.\n\n"
         f"{bullets(words)}\n\n{inversion_table(rows)}\n\n{shown.get('inversion', '')}"
     )
     if plain := part.get("uncorrected"):
         told = bullets([*ratio_words(plain)[:-1], *hallucination_words(plain["rows"])])
         yield (
             "### Without correction\n\nThe same targets and models, but the search ends where the head is content with "
-            "a code, as published: it does not look once more at the cell that the code is decoded to "
+            "a code: it does not look once more at the cell that the code is decoded to "
             f"(`num_cycles=0`).\n\n{told}\n\n{inversion_table(plain['rows'])}\n\n"
         )
     if ablation := part.get("ablation"):

@@ -136,7 +136,7 @@ def inversion_part(
             rows += [asdict(row) for row in rows_of(designs, head, seed)]
         else:
             rows += _kept_rows(path, models, targets, head, seed, options)
-        # A plain search for the maximum a posteriori, as published: nothing corrects the head's errors.
+        # A plain search for the maximum a posteriori: nothing corrects the head's errors.
         plain = path.with_stem(path.stem + "-uncorrected")
         uncorrected += _kept_rows(plain, models, targets, head, seed, {**options, "num_cycles": 0})
     return {

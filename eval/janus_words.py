@@ -76,7 +76,7 @@ def tuning_words(part: Record) -> list[str]:
     tuned = part.get("tuned_for_each_head")
     if tuned is None:
         return []
-    return [f"Tuned for each head on its own: {listed(tuned)}." if tuned else "Nothing was tuned for one of the heads."]
+    return [f"Tuned for each head on its own: {listed(tuned)}." if tuned else "No setting is one head's own."]
 
 
 def forward_words(rows: Sequence[Record]) -> list[str]:

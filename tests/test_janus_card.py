@@ -339,7 +339,7 @@ def test_words_turn_with_the_numbers(record):
     rows[1]["num_head_parameters"] = 10_000
     assert "not of equal size" in janus_words.parameter_words([rows[0], rows[1]])[1]
     assert janus_words.tuning_words({}) == []
-    assert janus_words.tuning_words({"tuned_for_each_head": []}) == ["Nothing was tuned for one of the heads."]
+    assert janus_words.tuning_words({"tuned_for_each_head": []}) == ["No setting is one head's own."]
     assert janus_words.tuning_words({"tuned_for_each_head": ["rank"]}) == ["Tuned for each head on its own: rank."]
     assert "same seeds" in janus_words.parameter_words(rows[:3])[-1]
 
