@@ -70,10 +70,15 @@ def draw_parity(figure: FigureBase, names: list[str], prediction: NDArray, label
         unit = UNITS.get(name, "GPa")
         ax.set(title=title, xlabel="homogenised" + f" [{unit}]" * bool(unit), box_aspect=1)
         if ax.get_xscale() == "log":
-            for axis in (ax.xaxis, ax.yaxis):
-                axis.set_major_locator(LogLocator(numticks=6))  # decades: more would not fit
-                axis.set_minor_formatter(NullFormatter())
+            decades(ax)
     figure.axes[0].set_ylabel("predicted")
+
+
+def decades(ax: Axes) -> None:
+    """Labels both logarithmic axes at powers of ten alone: more would not fit below a narrow panel."""
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(numticks=6))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def draw_latent(figure: FigureBase, codes: NDArray, stiffness: NDArray) -> None:
@@ -151,9 +156,7 @@ def _draw_pairs(ax: Axes, part: Record) -> None:
     ax.loglog(x, y, **_dots(OURS, 0.5))
     title = f"checked error, target by target:\n{100 * (y < x).mean():.0f} % below the line"
     ax.set(xlabel="MLP head", ylabel="separable head", title=title, xlim=ends, ylim=ends, box_aspect=1)
-    for axis in (ax.xaxis, ax.yaxis):
-        plain_ticks(axis)
-        axis.set_minor_locator(NullLocator())
+    decades(ax)
 
 
 def _draw_ratios(ax: Axes, part: Record) -> None:
