@@ -97,6 +97,12 @@ def test_a_checkpoint_without_what_it_remembers_is_completed(tmp_path):
     assert torch.equal(loaded.head.factors, model.head.factors)
 
 
+def test_cells_of_a_plane_have_conductivities_unless_told_otherwise():
+    config = SnaJanusConfig(spatial_dims=2)
+    assert config.property_names == ["K11", "K22", "K12", "volume_fraction"]
+    assert config.property_scale == ["linear"] * 4
+
+
 def test_config_knows_its_physics():
     config = SnaJanusConfig(youngs_modulus=2.0, contrast=10.0, symmetry="mirror")
     assert config.physics == Physics(youngs_modulus=2.0, contrast=10.0, symmetry="mirror")

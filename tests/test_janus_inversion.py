@@ -141,6 +141,7 @@ def test_what_has_not_converged_is_rejected(model, monkeypatch):
     assert not design.converged.any()
     assert not design.reachable
     assert "4 were rejected" in design.message
+    assert "no candidate is sound" in design.message
 
 
 def test_targets_of_training_cells_are_reached(model):

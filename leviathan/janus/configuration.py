@@ -11,7 +11,10 @@ from leviathan.janus.homogenization.elements import SCHEMES
 from leviathan.janus.physics import Physics
 from sna_core.network import check_counts
 
-PROPERTIES = ("C1111", "C1122", "C2323", "volume_fraction", "permeability")
+PROPERTIES = {  # of cells in two and in three dimensions
+    2: ("K11", "K22", "K12", "volume_fraction"),
+    3: ("C1111", "C1122", "C2323", "volume_fraction", "permeability"),
+}
 WEIGHTS = ("reconstruction_weight", "property_weight", "cycle_weight", "jacobian_weight", "latent_weight")
 MATERIALS = ("contrast", "solid_conductivity", "void_conductivity")
 STATISTICS = {"property_mean": 0.0, "property_std": 1.0, "property_low": 0.0, "property_high": 0.0}
@@ -29,7 +32,8 @@ class SnaJanusConfig(PreTrainedConfig):
         two_phases: Whether cells hold zeros and ones alone. Grey ones are never rounded.
         channels: Of the encoder's stages, each of which halves the resolution; the decoder's are the same, reversed.
         latent_dim: Number d of latent coordinates.
-        property_names: What the head predicts, or the names of the classes.
+        property_names: What the head predicts, or the names of the classes; None for the stiffnesses, volume fraction
+            and permeability of cubic cells, in 2-D for the conductivities and volume fraction.
         property_kind: ``"regression"`` of properties, or ``"classification"``.
         property_scale: ``"linear"`` or ``"log"`` for each property: the unit in which it is standardised. None is
             ``"log"`` for the permeability alone.
@@ -106,7 +110,8 @@ class SnaJanusConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.channels = [16, 32, 64] if self.channels is None else self.channels
-        self.property_names = list(PROPERTIES) if self.property_names is None else self.property_names
+        if self.property_names is None:
+            self.property_names = list(PROPERTIES.get(self.spatial_dims, ()))
         if self.property_scale is None:
             self.property_scale = ["log" if name == "permeability" else "linear" for name in self.property_names]
         for name, value in STATISTICS.items():

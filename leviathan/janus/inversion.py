@@ -280,7 +280,9 @@ def _message(
         what = ", ".join(f"{name} = {nearest[name]:.4g} for {value:.4g}" for name, value in target.items())
     rejected = int((~found.valid).sum())
     parts = [f"the best of {len(found.error)} candidates: {what} ({kind}, {100 * float(found.error[0]):.3g} % off)"]
-    if not reachable:
+    if rejected == len(found.error):
+        parts.insert(0, "no candidate is sound, so that the targets may be out of reach")
+    elif not reachable:
         parts.insert(0, f"no candidate is within {100 * tolerance:g} % of every target, which may be out of reach")
     if rejected:
         parts.append(f"{rejected} were rejected: not connected, or the check did not converge")
