@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from eval.janus_homogenization import homogenization_part
 from eval.janus_inversion import inversion_part
 from eval.janus_models import models_part
 from eval.janus_targets import targets
-from eval.vsna_study import plain
 from leviathan.janus.physics import Physics
 from training.microstructures import make_set
 from training.provenance import provenance, write_json
@@ -191,7 +190,7 @@ def run(
         seconds = time.perf_counter() - start
         made = provenance(list(sizes.get("seeds", [0])))
         record[name] = {**part, "part_seconds": seconds, "provenance": part.get("provenance", made)}
-        record["targets"] = plain(targets(record))
+        record["targets"] = [asdict(each) for each in targets(record)]
         write_json(path, record)
     return record
 

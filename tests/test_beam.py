@@ -9,6 +9,7 @@ import torch
 from safetensors.numpy import load_file
 
 import training.janus_beam
+from leviathan.janus.physics import Physics
 from training.beam import BeamErrors, FieldErrors, beam_targets, bend, compare_beams, euler_bernoulli
 from training.janus_beam import CONFIG, KEYS, choose, homogenised, main, run, summary
 from training.settings import read_settings
@@ -197,9 +198,7 @@ class SchwarzP:
     device = torch.device("cpu")
 
     def __init__(self, m=8):
-        physics = SimpleNamespace(
-            youngs_modulus=625.0, poissons_ratio=0.3, contrast=1000.0, scheme="rotated", tolerance=1e-3
-        )
+        physics = Physics()
         self.config = SimpleNamespace(
             property_names=["C1111", "volume_fraction"], spatial_dims=3, symmetry="cubic", physics=physics
         )

@@ -10,7 +10,6 @@ from leviathan.janus.cells import (
     SYMMETRIES,
     bicontinuous,
     boundary_mask,
-    check_cells,
     is_connected,
     islands,
     orthant,
@@ -235,14 +234,6 @@ def test_a_winding_path_is_followed_to_its_end():
     assert percolates(maze)
     maze[0, 3, 0] = False
     assert not percolates(maze)
-
-
-def test_cells_of_other_shapes_or_values_are_refused():
-    check_cells(torch.ones(2, 4, 4, 4), 4, 3)
-    with pytest.raises(ValueError, match=r"expected \(cells, 4, 4, 4\)"):
-        check_cells(torch.ones(2, 4, 4), 4, 3)
-    with pytest.raises(ValueError, match="other than 0 and 1"):
-        check_cells(torch.full((2, 4, 4), 0.5), 4, 2)
 
 
 @pytest.mark.parametrize("symmetry", ["none", "mirror"])

@@ -24,9 +24,11 @@ import scipy.sparse
 import skfem
 from numpy.typing import ArrayLike, NDArray
 
+from leviathan.janus.homogenization.elements import voigt_pairs
+
 Array = NDArray[np.float64]
 
-VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
+VOIGT = voigt_pairs(3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +141,7 @@ def bend(stiffness: ArrayLike, elements_per_cell: int) -> BeamResponse:
 
 
 @skfem.LinearForm
-def _pull(v, _):  # noqa: ANN001, ANN202
+def _pull(v: skfem.element.DiscreteField, _: object) -> Array:
     return -v[2]
 
 

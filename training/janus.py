@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from leviathan.janus.cells import FREE
-from leviathan.janus.configuration import STATISTICS, SnaJanusConfig
+from leviathan.janus.configuration import PHYSICS, STATISTICS, SnaJanusConfig
 from leviathan.janus.modeling import CELLS_AT_ONCE, SnaJanusModel
 from sna_core.network import check_counts
 from training.microstructure_data import SPLITS, load_set, split_of
@@ -52,7 +52,6 @@ TRAINING = {
     "mixed_precision": "no",
 }
 OF_DATA = ("spatial_dims", "resolution", "symmetry", "two_phases", "shared_boundary", "property_names", "property_kind")
-PHYSICS = ("youngs_modulus", "poissons_ratio", "contrast", "solid_conductivity", "void_conductivity", "scheme")
 CHECKPOINT = "checkpoint.safetensors"
 LOSSES = ("loss", "reconstruction_loss", "property_loss", "cycle_loss", "jacobian_loss")
 

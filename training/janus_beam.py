@@ -34,7 +34,7 @@ from torch import Tensor
 
 from leviathan.janus import Design, SnaJanusModel
 from leviathan.janus.cells import whole_cell
-from leviathan.janus.homogenization import Isotropic, elastic_stiffness
+from leviathan.janus.physics import stiffness
 from sna_core.network import check_counts
 from training.beam import BeamTargets, FieldErrors, beam_targets, compare_beams
 from training.provenance import provenance, relative, write_json
@@ -109,15 +109,7 @@ def choose(designs: Sequence[Design]) -> list[tuple[int, int]]:
 
 def homogenised(orthants: Tensor, model: SnaJanusModel) -> tuple[Tensor, Tensor]:
     """Stiffness (cells, 6, 6) in GPa of orthants, by the model's physics, and whether the solver converged (cells,)."""
-    physics = model.config.physics
-    found = elastic_stiffness(
-        orthants.float(),
-        solid=Isotropic(physics.youngs_modulus, physics.poissons_ratio),
-        contrast=physics.contrast,
-        symmetry=model.config.symmetry,
-        scheme=physics.scheme,
-        tolerance=physics.tolerance,
-    )
+    found = stiffness(orthants.float(), model.config.physics)
     return found.tensor, found.converged
 
 
@@ -140,7 +132,7 @@ def build(model: SnaJanusModel, targets: BeamTargets, settings: Settings, refine
     inverted = time.perf_counter()
     picked = [(column[i], j) for column in zip(*rounds, strict=True) for i, j in choose(column)]
     cells = torch.stack([design.cells[j] for design, j in picked])
-    stiffness, converged = homogenised(cells, model)
+    tensor, converged = homogenised(cells, model)
     checked = time.perf_counter()
     whole = whole_cell(cells.to(torch.uint8), model.config.symmetry).cpu().numpy()
     edge = whole.shape[-1]
@@ -148,14 +140,14 @@ def build(model: SnaJanusModel, targets: BeamTargets, settings: Settings, refine
     mismatches, seams = seam_mismatches(solid, edge)
     parts, floating = components(solid)
     assembled = time.perf_counter()
-    stiffness = stiffness.double().cpu().numpy().reshape(*counts, 6, 6)
+    matrices = tensor.double().cpu().numpy().reshape(*counts, 6, 6)
     fractions = whole.reshape(*counts, -1).mean(-1)
     target, target_fraction = (
         np.broadcast_to(values[:, None, None], counts) for values in (targets.stiffness, targets.volume_fraction)
     )
-    errors, beam_asked, beam_found = compare_beams(target, stiffness, settings["beam"]["elements_per_cell"])
+    errors, beam_asked, beam_found = compare_beams(target, matrices, settings["beam"]["elements_per_cell"])
     bent = time.perf_counter()
-    axial = stiffness[..., 0, 0]
+    axial = matrices[..., 0, 0]
     record = {
         "stiffness": asdict(FieldErrors.of(target, axial)),
         "volume_fraction": asdict(FieldErrors.of(target_fraction, fractions)),
@@ -192,7 +184,7 @@ def build(model: SnaJanusModel, targets: BeamTargets, settings: Settings, refine
         },
     }
     orthants = cells.to(torch.uint8).cpu().numpy().reshape(*counts, *cells.shape[1:])
-    return Beam(orthants, solid, stiffness, fractions, beam_found.energy, beam_asked.energy, record)
+    return Beam(orthants, solid, matrices, fractions, beam_found.energy, beam_asked.energy, record)
 
 
 # ---------------------------------------------------------------------------------------------------------------- job

@@ -7,18 +7,20 @@ leading dimension of cells.
 """
 
 from itertools import permutations
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-SYMMETRIES = ("none", "mirror", "cubic")
+Symmetry = Literal["none", "mirror", "cubic"]
+SYMMETRIES: tuple[str, ...] = get_args(Symmetry)
 VOID, SOLID, FREE = 0, 1, 2  # what a shared boundary says about a voxel
 NEAREST = 4  # orbits of each size on either side of the cut that may make a count exact
 
 
 def whole_cell(phase: Tensor, symmetry: str) -> Tensor:
     """Mirrors orthants (cells, m, ...) to whole cells (cells, 2 m, ...); whole cells ("none") stay as they are."""
-    _check_symmetry(symmetry)
+    check_symmetry(symmetry)
     if symmetry != "none":
         for axis in range(1, phase.ndim):
             phase = torch.cat([phase, phase.flip(axis)], axis)
@@ -38,7 +40,7 @@ def orthant(cell: Tensor) -> Tensor:
 
 def symmetrise(values: Tensor, symmetry: str) -> Tensor:
     """Mean of (cells, m, ...) over the permutations of the axes for "cubic"; else the values as they are."""
-    _check_symmetry(symmetry)
+    check_symmetry(symmetry)
     if symmetry != "cubic":
         return values
     orders = list(permutations(range(1, values.ndim)))
@@ -47,7 +49,7 @@ def symmetrise(values: Tensor, symmetry: str) -> Tensor:
 
 def boundary_mask(resolution: int, dims: int, symmetry: str) -> Tensor:
     """Voxels (resolution, ...) on the boundary of the cell: index 0 of any axis, and the last one of a whole cell."""
-    _check_symmetry(symmetry)
+    check_symmetry(symmetry)
     edge = torch.zeros(resolution, dtype=torch.bool)
     edge[0] = True
     if symmetry == "none":
@@ -64,7 +66,7 @@ def voxel_orbits(resolution: int, dims: int, symmetry: str) -> tuple[Tensor, Ten
     Returns the orbit of each voxel, (resolution^dims,) in C order, and the size of each orbit: 1, 3 or 6 in 3-D and 1
     or 2 in 2-D.
     """
-    _check_symmetry(symmetry)
+    check_symmetry(symmetry)
     if symmetry != "cubic":
         voxels = torch.arange(resolution**dims)
         return voxels, torch.ones_like(voxels)
@@ -243,7 +245,7 @@ def bicontinuous(phase: Tensor, symmetry: str) -> Tensor:
     A path in a mirror-symmetric cell folds to one in its orthant and back, so that the orthant is enough; with cubic
     symmetry one axis stands for all.
     """
-    _check_symmetry(symmetry)
+    check_symmetry(symmetry)
     solid = phase > 0.5 if phase.is_floating_point() else phase.bool()
     result = _is_one_component(solid, periodic=symmetry == "none") & percolates(solid)
     return result & percolates(~solid) if phase.ndim == 4 else result
@@ -254,7 +256,7 @@ def islands(cells: Tensor, symmetry: str) -> Tensor:
 
     None in cells where it links no faces. With arguments as of :func:`bicontinuous`, but bool.
     """
-    _check_symmetry(symmetry)
+    check_symmetry(symmetry)
     linked = cells
     for axis in range(1, cells.ndim):
         for face in (0, -1):
@@ -265,18 +267,10 @@ def islands(cells: Tensor, symmetry: str) -> Tensor:
     return cells & ~linked & linked.flatten(1).any(-1).view(-1, *(1,) * (cells.ndim - 1))
 
 
-def check_cells(cells: Tensor, resolution: int, dims: int) -> None:
-    """Raises ValueError unless the cells are (cells, resolution, ...) and of zeros and ones."""
-    if cells.ndim != dims + 1 or any(n != resolution for n in cells.shape[1:]):
-        expected = ", ".join(["cells", *[str(resolution)] * dims])
-        raise ValueError(f"cells have shape {tuple(cells.shape)}; expected ({expected}).")
-    if cells.dtype != torch.bool and not ((cells == 0) | (cells == 1)).all():
-        raise ValueError("cells have values other than 0 and 1; threshold them first.")
-
-
-def _check_symmetry(symmetry: str) -> None:
+def check_symmetry(symmetry: str) -> None:
+    """Raises a ``ValueError`` for a symmetry that is none of SYMMETRIES."""
     if symmetry not in SYMMETRIES:
-        raise ValueError(f"symmetry = {symmetry!r}; expected one of {SYMMETRIES}.")
+        raise ValueError(f"symmetry = {symmetry!r}; expected one of {', '.join(SYMMETRIES)}.")
 
 
 def _is_one_component(cells: Tensor, periodic: bool) -> Tensor:
@@ -306,5 +300,5 @@ def _flood(start: Tensor, cells: Tensor, periodic: bool) -> Tensor:
     return reached.movedim(-1, 0)
 
 
-__all__ = ["SYMMETRIES", "bicontinuous", "boundary_mask", "check_cells", "is_connected", "islands", "orthant"]
-__all__ += ["percolates", "symmetrise", "threshold", "voxel_orbits", "whole_cell"]
+__all__ = ["SYMMETRIES", "Symmetry", "bicontinuous", "boundary_mask", "check_symmetry", "is_connected", "islands"]
+__all__ += ["orthant", "percolates", "symmetrise", "threshold", "voxel_orbits", "whole_cell"]

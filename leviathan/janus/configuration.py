@@ -6,6 +6,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from leviathan.janus.cells import Symmetry
 from leviathan.janus.homogenization import Isotropic
 from leviathan.janus.homogenization.elements import SCHEMES
 from leviathan.janus.physics import Physics
@@ -16,6 +17,7 @@ PROPERTIES = {  # of cells in two and in three dimensions
     3: ("C1111", "C1122", "C2323", "volume_fraction", "permeability"),
 }
 WEIGHTS = ("reconstruction_weight", "property_weight", "cycle_weight", "jacobian_weight", "latent_weight")
+PHYSICS = ("youngs_modulus", "poissons_ratio", "contrast", "solid_conductivity", "void_conductivity", "scheme")
 MATERIALS = ("contrast", "solid_conductivity", "void_conductivity")
 STATISTICS = {"property_mean": 0.0, "property_std": 1.0, "property_low": 0.0, "property_high": 0.0}
 
@@ -77,7 +79,7 @@ class SnaJanusConfig(PreTrainedConfig):
 
     spatial_dims: Literal[2, 3] = 3
     resolution: int = 16
-    symmetry: Literal["none", "mirror", "cubic"] = "cubic"
+    symmetry: Symmetry = Physics.symmetry
     two_phases: bool = True
     channels: list[int] | None = None
     latent_dim: int = 64
@@ -101,12 +103,12 @@ class SnaJanusConfig(PreTrainedConfig):
     latent_noise: float = 0.05
     num_codes: int = 1024
     shared_boundary: bool = True
-    youngs_modulus: float = 625.0
-    poissons_ratio: float = 0.3
-    contrast: float = 1000.0
-    solid_conductivity: float = 1.0
-    void_conductivity: float = 1e-3
-    scheme: str = "rotated"
+    youngs_modulus: float = Physics.youngs_modulus
+    poissons_ratio: float = Physics.poissons_ratio
+    contrast: float = Physics.contrast
+    solid_conductivity: float = Physics.solid_conductivity
+    void_conductivity: float = Physics.void_conductivity
+    scheme: str = Physics.scheme
 
     def __post_init__(self, **kwargs):
         self.channels = [16, 32, 64] if self.channels is None else self.channels
@@ -177,8 +179,7 @@ class SnaJanusConfig(PreTrainedConfig):
     @property
     def physics(self) -> Physics:
         """What the homogenisation needs to know of the materials and the cells."""
-        names = ("youngs_modulus", "poissons_ratio", "contrast", "solid_conductivity", "void_conductivity", "scheme")
-        return Physics(**{name: getattr(self, name) for name in names}, symmetry=self.symmetry)
+        return Physics(**{name: getattr(self, name) for name in PHYSICS}, symmetry=self.symmetry)
 
     def num_head_parameters(self) -> int:
         """Of the separable head of these sizes: splines, gain and shift of each coordinate, and the read-out."""

@@ -18,6 +18,7 @@ from leviathan.janus.physics import canonical, nearest_name
 from leviathan.janus.refinement import exchange, steer
 
 if TYPE_CHECKING:
+    from leviathan.janus.configuration import SnaJanusConfig
     from leviathan.janus.modeling import SnaJanusModel
 
 ROWS_AT_ONCE = 1024  # candidates
@@ -382,7 +383,7 @@ def _table(columns: dict[str, Tensor]) -> tuple[Tensor, bool]:
     return torch.stack([values.expand(count) for values in columns.values()], -1), not lengths
 
 
-def _units(config, name: str, values: Tensor) -> Tensor:  # noqa: ANN001
+def _units(config: SnaJanusConfig, name: str, values: Tensor) -> Tensor:
     """What errors are relative to: the size of the values, or the property's deviation where the sign may change."""
     column, sizes = config.property_names.index(name), values.abs()
     floor = sizes.clamp(min=config.property_std[column])

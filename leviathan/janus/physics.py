@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from leviathan.janus.homogenization import Homogenized, Isotropic, conductivity, elastic_stiffness, permeability
+from leviathan.janus.homogenization.elements import voigt_pairs
 
 CELLS_AT_ONCE = 64  # without derivatives
-VOIGT = ((1, 1), (2, 2), (3, 3), (2, 3), (1, 3), (1, 2))
+VOIGT = tuple((a + 1, b + 1) for a, b in voigt_pairs(3))
 
 
 def _tensor_name(first: tuple[int, int], second: tuple[int, int]) -> str:
@@ -155,7 +156,8 @@ def _entry(name: str, dims: int) -> tuple[str, tuple[int, ...]]:
     return kind, tuple(rows.index(index) for index in indices)
 
 
-def _solve_stiffness(phase: Tensor, physics: Physics, loads: list[int]) -> Homogenized:
+def stiffness(phase: Tensor, physics: Physics, loads: Sequence[int] | None = None) -> Homogenized:
+    """All of the stiffness, with arguments as of :func:`properties`; ``loads`` as of :func:`elastic_stiffness`."""
     return elastic_stiffness(
         phase,
         solid=Isotropic(physics.youngs_modulus, physics.poissons_ratio),
@@ -183,6 +185,6 @@ def _solve_permeability(phase: Tensor, physics: Physics, loads: list[int]) -> Ho
     return permeability(phase, symmetry=physics.symmetry, tolerance=physics.tolerance)
 
 
-SOLVERS = {"stiffness": _solve_stiffness, "conductivity": _solve_conductivity, "permeability": _solve_permeability}
+SOLVERS = {"stiffness": stiffness, "conductivity": _solve_conductivity, "permeability": _solve_permeability}
 
-__all__ = ["NAMES", "Checked", "Physics", "canonical", "nearest_name", "properties"]
+__all__ = ["NAMES", "Checked", "Physics", "canonical", "nearest_name", "properties", "stiffness"]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leviathan.janus.cells import Symmetry
 from leviathan.janus.homogenization.conjugate_gradient import conjugate_gradient
 from leviathan.janus.homogenization.elements import (
     SCHEMES,
@@ -31,7 +32,7 @@ from leviathan.janus.homogenization.elements import (
     voigt_pairs,
 )
 from leviathan.janus.homogenization.grids import grid
-from leviathan.janus.homogenization.result import Homogenized, Symmetry, check_phase
+from leviathan.janus.homogenization.result import Homogenized, check_phase
 
 CPU_NUMEL = 2**19  # corner values of the systems solved at one time, which a cache holds
 GPU_NUMEL = 2**28

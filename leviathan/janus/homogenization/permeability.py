@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from leviathan.janus.cells import symmetrise
+from leviathan.janus.cells import Symmetry, symmetrise
 from leviathan.janus.homogenization.conjugate_gradient import conjugate_gradient
 from leviathan.janus.homogenization.mirror import Kind, along_axes, modes, transform
-from leviathan.janus.homogenization.result import Homogenized, Symmetry, check_phase
+from leviathan.janus.homogenization.result import Homogenized, check_phase
 
 CPU_NUMEL = 2**18  # velocities of the systems solved at one time, which a cache holds
 GPU_NUMEL = 2**27

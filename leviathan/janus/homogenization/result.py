@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from leviathan.janus.cells import symmetrise
+from leviathan.janus.cells import check_symmetry, symmetrise
 
-Symmetry = Literal["none", "mirror", "cubic"]
 ROUNDING = 1e-3  # largest change of a cubic phase under permutations of the axes that may be left
 
 
@@ -43,8 +41,7 @@ def check_phase(phase: Tensor, symmetry: str, dims: tuple[int, ...] = (2, 3)) ->
         symmetry: ``"none"``, ``"mirror"`` or ``"cubic"``.
         dims: Axes of space that are allowed.
     """
-    if symmetry not in get_args(Symmetry):
-        raise ValueError(f"symmetry = {symmetry!r}; expected one of {', '.join(get_args(Symmetry))}.")
+    check_symmetry(symmetry)
     shape = tuple(phase.shape)
     if len(shape) - 1 not in dims or len(set(shape[1:])) != 1 or shape[-1] < 2 or not shape[0]:
         expected = " or ".join("(cells" + ", n" * d + ")" for d in dims)
