@@ -11,7 +11,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.janus_models import LEVEL, add_arrays, load_model, responses, settings_of, test_errors, train_all
+from eval.janus_models import add_arrays, load_model, responses, settings_of, test_errors, train_all
 from leviathan.janus import SnaJanusModel
 from leviathan.janus.inversion import Design
 from training.janus import digits
@@ -138,7 +138,7 @@ def inversion_errors(model: SnaJanusModel, designs: Sequence[Design]) -> dict[st
     Beside them the share of pixels that change when the candidate is encoded and decoded once more.
     """
     best = torch.stack([design.best for design in designs]).float()
-    again = responses(model, best)[1] > LEVEL
+    again = responses(model, best)[1] > 0  # log-odds
     found = {
         f"{kind}_error": torch.stack([_largest(design.target, getattr(design, kind)) for design in designs])
         for kind in ("predicted", "checked")

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import r2_score
 from torch import Tensor
 from tqdm import tqdm
 
 from leviathan.janus import SnaJanusModel
-from training.janus import TRAINING, allowed_keys, run
+from leviathan.janus.modeling import CELLS_AT_ONCE
+from training.janus import TRAINING, allowed_keys, measure, run
 from training.microstructure_data import MicrostructureSet, load_set
 from training.provenance import relative
 from training.settings import Settings, read_settings
@@ -32,8 +31,6 @@ ARRAYS = "arrays.safetensors"  # for pictures, beside the record
 RECORD = "record.json"  # beside a model
 MATCHED = 0.01  # of the parameters of a head
 NUM_DRAWN = 8  # reconstructions for a picture
-CELLS_AT_ONCE = 256
-LEVEL = 0.0  # of a logit: solid above
 
 
 @dataclass(frozen=True)
@@ -208,21 +205,16 @@ def test_errors(model: SnaJanusModel, held_out: MicrostructureSet) -> TestErrors
     """
     if not len(held_out):
         raise ValueError("the set has no test cells; make a larger one.")
-    cells = held_out.cells.float()
-    _, logits, prediction = responses(model, cells)
-    labels = held_out.labels.double()
-    errors = (prediction - labels).abs().mean(0) / labels.abs().mean(0)
-    names = held_out.property_names
-    constant = (labels == labels[0]).all(0).tolist()
-    scores = r2_score(labels.numpy(), prediction.numpy(), multioutput="raw_values").tolist()
-    cycle = model.cycle_error(cells)
+    cells, labels = held_out.cells.float(), held_out.labels.double()
+    found = measure(model, cells, labels)
+    errors = (responses(model, cells)[2] - labels).abs().mean(0) / labels.abs().mean(0)
     return TestErrors(
-        bce=F.binary_cross_entropy_with_logits(logits, cells).item(),
-        voxel_error=((logits > LEVEL) != (cells > 0.5)).double().mean().item(),
-        r2={name: None if same else score for name, same, score in zip(names, constant, scores, strict=True)},
-        mae_relative=dict(zip(names, errors.tolist(), strict=True)),
-        cycle_property=cycle.properties,
-        cycle_latent=cycle.latents,
+        bce=found["reconstruction"]["cross_entropy"],
+        voxel_error=found["reconstruction"]["voxel_error"],
+        r2=found["forward"]["r2"],
+        mae_relative=dict(zip(held_out.property_names, errors.tolist(), strict=True)),
+        cycle_property=found["cycle"]["properties"],
+        cycle_latent=found["cycle"]["latents"],
     )
 
 

@@ -208,8 +208,12 @@ def _set(labels, names=("C1111", "volume_fraction"), cells=None):
 
 def _oracle(held_out, sharpness=50.0, offset=0.0):
     """A model that knows every cell, but for an offset of the properties."""
+    names, count = list(held_out.property_names), len(held_out.property_names)
+    config = SimpleNamespace(two_phases=True, property_kind="regression", property_names=names)
+    config.property_low, config.property_high = [0.0] * count, [1.0] * count
     return SimpleNamespace(
-        encode=lambda cells: cells.flatten(1),
+        **{"config": config, "device": torch.device("cpu"), "dtype": torch.float32},
+        encode=lambda cells: cells.float().flatten(1),
         decode=lambda z: sharpness * (2 * z.view(-1, 2, 2, 2) - 1),
         predict=lambda z: held_out.labels + offset,
         cycle_error=lambda cells: SimpleNamespace(latents=0.25, properties={"C1111": 0.5, "volume_fraction": 0.0}),
