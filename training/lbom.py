@@ -5,7 +5,7 @@ cubic symmetry, of which octants of 64³ are enough; readers of it open `count.j
 32³ bytes. Both hold if the bytes are 64³ packed bits. Nothing of this is taken for granted here: `inspect` looks at the
 files and says what it found, and the conversion checks every one of them.
 
-    python -m training.lbom --root DIR --out runs/janus/lbom --resolution 32 --label
+    python -m training.lbom --root DIR --out runs/janus/lbom --label [--resolution 32]
 """
 
 import argparse
