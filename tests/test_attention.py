@@ -70,6 +70,7 @@ def same_values_and_gradients(attention, num_tokens, prefix, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @given(num_tokens=st.integers(2, 70), share=st.floats(0, 1))
 def test_equals_the_dense_formula(dtype, num_tokens, share):
+    torch.manual_seed(num_tokens)  # an example is the same when it is tried again
     same_values_and_gradients(prefix_attention, num_tokens, round(share * num_tokens), dtype)
 
 
