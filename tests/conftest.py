@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ settings.load_profile("project")
 def pytest_collection_modifyitems(config, items):
     for marker, missing, present in (
         ("gpu", "no CUDA device", torch.cuda.is_available()),
+        ("browser", "no Chromium", shutil.which("chromium") is not None),
         ("muspectre", "no muSpectre", importlib.util.find_spec("muSpectre") is not None),
         ("torchtt", "no torchTT", importlib.util.find_spec("torchtt") is not None),
     ):
