@@ -11,7 +11,7 @@ FLOW := --num-grid 64 --num-snapshots 21 --k-tot 8 --viscosity 1e-3 --warm-up-ti
 # accelerate launch gives a process one thread unless told otherwise.
 demo demo-short text turbulence: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo demo-short text text-study turbulence turbulence-data turbulence-card heads speed card text-card khronos khronos-card vsna-study vsna-card span-study span-card janus janus-study janus-card test lint
+.PHONY: demo demo-short text text-study turbulence turbulence-data turbulence-card heads speed card text-card khronos khronos-card vsna-study vsna-card span-study span-card janus janus-study janus-card docs test lint
 
 demo: .venv/.installed
 	$(BIN)/python -m training.turbulence --out runs/demo/data.hdf5 --num-trajectories 96 $(FLOW)
@@ -182,6 +182,10 @@ janus-card: .venv/.installed
 	cp $(JANUS)/study/janus.json $(JANUS)/study/arrays.safetensors $(JANUS)/beam/*.png model_cards/janus/
 	$(BIN)/python -m eval.janus_card --study model_cards/janus/janus.json --remarks model_cards/janus/remarks.md \
 		--out model_cards/janus.md
+
+# The site: README, guides, cards and the reference, in runs/docs.
+docs: .venv/.installed
+	$(BIN)/python -m mkdocs build --quiet
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --numprocesses 2

@@ -4,7 +4,7 @@ Minimised for each output is
 
 .. math::
     \frac{1}{W} \sum_p w_p \big(y_p - f(x_p)\big)^2 + \lambda \|f\|_H^2, \qquad
-    H = \bigotimes_i H_i, \quad \|\psi\|_{H_i}^2 = \int_0^1 \psi^2 + \theta\, (\psi'^2 + \psi''^2) \, du
+    H = \bigotimes_i H_i, \quad \|\psi\|_{H_i}^2 = \int_0^1 \psi^2 + \theta\, ((\psi')^2 + (\psi'')^2) \, du
 
 with u the input scaled to [0, 1], :math:`W = \sum_p w_p`, the ridge :math:`\lambda` and the smoothness
 :math:`\theta`. The norm is that of f, not of its factors: it does not depend on how a component's size is shared among
@@ -18,8 +18,9 @@ damped Gauss-Newton steps in all of them. Everything starts with few cells, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import inf
 
 import torch
@@ -227,7 +228,7 @@ def _coarse(splines: tuple[UniformBSpline, ...]) -> tuple[UniformBSpline, ...]:
 
 
 def _smooth_starts(
-    splines: tuple[UniformBSpline, ...],
+    splines: Sequence[UniformBSpline],
     num_restarts: int,
     num_outputs: int,
     rank: int,
@@ -248,7 +249,9 @@ class _Watch:
     def __init__(self, held_out: Points | None, on_sweep: Callable[[int, float], None] | None):
         self.held_out, self.on_sweep = held_out, on_sweep
         self.history: list[float] = []
-        self.best = self.ridges = self.error = None
+        self.best: Tensor | None = None
+        self.ridges: Tensor  # these two once there is a best
+        self.error: Tensor
         self.num_since_best = 0
 
     def errors(self, state: _Alternation) -> Tensor:
@@ -297,14 +300,14 @@ class _Alternation:
         self.factors, self.ridges = factors, ridges
         self.power = self.points.power.repeat(len(ridges) // self.num_outputs)
         self.objective = self.score = torch.full_like(ridges, torch.inf)
-        self.damping, self.system = torch.full_like(ridges, 1e-3), None
+        self.damping = torch.full_like(ridges, 1e-3)
+        self.system: tuple[Tensor, Tensor, Tensor] | None = None
         # A point takes its sub-atoms, their products, sorted and not, and its rows of the design, three times over.
         width = self.points.splines[0].degree + 1
         self.chunks = self.points.chunks(
             len(ridges) * self.rank * (2 * len(factors) + 3 * width + 4) + 8 * len(factors) * width
         )
-        self.keeps = len(self.chunks) == 1
-        if self.keeps:
+        if len(self.chunks) == 1:
             self.chunks[0].kept = self.chunks[0].subatoms(factors)
 
     def refined(self, points: Points) -> _Alternation:
@@ -325,9 +328,9 @@ class _Alternation:
             norms = (w * (penalty @ w)).sum((1, 2))
             self.objective = squares.clamp(min=0) / self.points.weight_sum + self.ridges * norms
             self.factors[i] = w.view(len(w), -1, self.rank).movedim(0, 1)
-            if self.keeps:
+            if (kept := self.chunks[0].kept) is not None:
                 column, one = self.chunks[0].x[:, i : i + 1].double(), slice(i, i + 1)
-                self.chunks[0].kept[i] = local_sum(column, self.factors[one], self.points.splines[one], check=False)[0]
+                kept[i] = local_sum(column, self.factors[one], self.points.splines[one], check=False)[0]
         self._balance()
         self.score = self.objective
         return True
@@ -365,8 +368,8 @@ class _Alternation:
         sizes = inner_products(self.factors, self.norm).diagonal(dim1=-2, dim2=-1).clamp(min=1e-300).sqrt()
         scale = (sizes.log().mean(0) - sizes.log()).exp().unsqueeze(1)  # (num_inputs, 1, problems, rank)
         self.factors = self.factors * scale
-        if self.keeps:
-            self.chunks[0].kept *= scale
+        if (kept := self.chunks[0].kept) is not None:
+            kept *= scale
 
     def _solve(self, gram: Tensor, penalty: Tensor, right: Tensor) -> Tensor:
         matrix = gram + self.points.weight_sum * self.ridges[:, None, None] * penalty
@@ -403,9 +406,9 @@ class _Alternation:
         """
         scales = self.points.weight_sum * RIDGES[:, None, None]  # (ridges, 1, 1)
         spectra = list(map(_spectrum, self._systems()))
-        freedom = sum((values / (values + scales)).sum(-1) for values, _ in spectra)
-        fitted = sum((along * (values + 2 * scales) / (values + scales).square()).sum(-1) for values, along in spectra)
-        squares = self.power - fitted / len(spectra)
+        freedom = reduce(torch.add, [(values / (values + scales)).sum(-1) for values, _ in spectra])
+        fitted = [(along * (values + 2 * scales) / (values + scales).square()).sum(-1) for values, along in spectra]
+        squares = self.power - reduce(torch.add, fitted) / len(spectra)
         freedom = self._without_sizes(freedom, len(spectra))
         room = self.points.weight_sum - INFLATION * freedom
         scores = squares.clamp(min=0) * self.points.weight_sum / room.square()

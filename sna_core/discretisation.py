@@ -2,13 +2,14 @@ r"""From a problem to matrices of one axis each, in bases that satisfy its homog
 
 The solution is sought as u = w + g. The lift g is a sum of products that takes all boundary and initial data; w is zero
 where they are given. Along each axis the functions of w are combinations of the axis's basis with the conditions built
-in, orthonormal in L2 and orthogonal in the energy :math:`\int \psi'^2`: in these bases norms are those of functions,
+in, orthonormal in L2 and orthogonal in the energy :math:`\int (\psi')^2`: in these bases norms are those of functions,
 and preconditioners are diagonal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Space:
         """The operator's values of all functions at points, None for those of quadrature: (points, num_basis)."""
         points = self.points if points is None else points
         coefficients = operator.coefficients(points)
-        return sum(c.unsqueeze(-1) * self.basis.dense(points, n) for n, c in enumerate(coefficients))
+        return reduce(torch.add, [c.unsqueeze(-1) * self.basis.dense(points, n) for n, c in enumerate(coefficients)])
 
     def data(self, operator: Operator) -> Tensor:
         """The coefficients (num_basis,) nearest in L2 to a function, of those that take its values in the conditions.
@@ -96,7 +97,7 @@ class Space:
         Of least energy of as high an order as there are conditions: the constant for one value, lines for two.
         """
         order = min(len(self._where) + sum(order for _, order in self._where), 3)
-        order = min(order, self.axis.degree) if self.axis.kind == "bspline" else order
+        order = order if self.axis.degree is None else min(order, self.axis.degree)
         energy = self.gram(order) / self.gram(order).diagonal().amax() + 1e-9 * self.gram(0) / self.gram(0).amax()
         zero = energy.new_zeros(len(energy))
         unit = torch.eye(len(self._where), dtype=torch.float64)
@@ -120,7 +121,7 @@ class Space:
         if self.axis.ends != ("periodic", "periodic") or self.axis.kind == "fourier":
             return torch.empty(0, self.basis.num_basis, dtype=torch.float64)
         width = self.axis.high - self.axis.low
-        orders = range(max(self.axis.degree, 1) if self.axis.kind == "bspline" else 3)
+        orders = range(3 if self.axis.degree is None else max(self.axis.degree, 1))
         return torch.stack([(self._row("high", n) - self._row("low", n)) * width**n for n in orders])
 
 
@@ -175,7 +176,7 @@ class Discretisation:
                 operator = term.operators.get(space.axis.name, Operator())
                 if operator not in cache:
                     cache[operator] = space.data(operator)
-                columns.append(cache[operator] * (term.coefficient if i == 0 else 1.0))
+                columns.append(cache[operator] * (term.number if i == 0 else 1.0))
             factors.append(torch.stack(columns, 1) if columns else space.trial.new_zeros(space.basis.num_basis, 0))
         return Components(tuple(factors))
 
@@ -232,7 +233,7 @@ class Discretisation:
         axis, factors = self.spaces[j].axis, list(wanted.factors)
         ends = torch.tensor([axis.low, axis.high], dtype=torch.float64)
         jumps = [
-            term.operators.get(axis.name, Operator()).values(ends).diff() * (term.coefficient if j == 0 else 1.0)
+            term.operators.get(axis.name, Operator()).values(ends).diff() * (term.number if j == 0 else 1.0)
             for term in terms
         ]
         constant = self.spaces[j].data(Operator()).unsqueeze(-1)

@@ -22,7 +22,7 @@ DAMPING = 1e-2  # what a component pays for its own norm, beside that of f: comp
 
 
 def smoothness_matrix(spline: UniformBSpline, smoothness: float) -> Tensor:
-    r"""The matrix (num_basis, num_basis) of :math:`\int_0^1 \psi^2 + \theta (\psi'^2 + \psi''^2) du`.
+    r"""The matrix (num_basis, num_basis) of :math:`\int_0^1 \psi^2 + \theta ((\psi')^2 + (\psi'')^2) du`.
 
     u is the input scaled to [0, 1] and :math:`\theta` the smoothness. Derivatives above the degree are left out; degree
     0 has differences of neighbouring cells in their place.
@@ -83,8 +83,8 @@ class Points:
     def chunks(self, numel: int) -> list[Chunk]:
         """Chunks of which each point takes ``numel`` numbers in float64."""
         size = max(1, self.max_memory // (8 * numel))
-        starts = range(0, len(self.x), size)
-        return [Chunk(self.splines, *(t[s : s + size] for t in (self.x, self.y, self.weight))) for s in starts]
+        parts = [slice(start, start + size) for start in range(0, len(self.x), size)]
+        return [Chunk(self.splines, self.x[part], self.y[part], self.weight[part]) for part in parts]
 
     def squares(self, factors: Tensor) -> Tensor:
         """Weighted sums of squared residuals (problems,)."""

@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _logs_of_agents(tmp_path_factory):
+    """stable-baselines3 would leave a folder for each agent in the machine's."""
+    os.environ.setdefault("SB3_LOGDIR", str(tmp_path_factory.mktemp("agents")))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

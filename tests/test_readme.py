@@ -1,4 +1,4 @@
-"""README's snippets run as written, and what its commands and links name exists."""
+"""The snippets of README and of the guides run as written, and what their commands and links name exists."""
 
 import importlib.util
 import math
@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from eval.summary import with_results
 from leviathan import FieldTokenizer, LeviathanConfig, LeviathanForCausalLM, SnaJanusConfig, SnaJanusModel
 from sna_core import SeparableEmbedding
 from training.settings import read_settings
@@ -19,10 +20,11 @@ from training.turbulence import FlowSettings, write_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
-def fences(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def fences(language, *pages):
+    return [fence for page in pages for fence in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)]
 
 
 def tiny(folder, vocab_size, **options):
@@ -61,7 +63,7 @@ def test_snippets_run_as_written(tmp_path, monkeypatch):
     )
     SnaJanusModel(config).save_pretrained("runs/janus/model")
 
-    snippets = fences("python")
+    snippets = fences("python", README)
     assert len(snippets) == 9
     namespace = {}
     for number, snippet in enumerate(snippets):
@@ -81,7 +83,7 @@ def test_snippets_run_as_written(tmp_path, monkeypatch):
 
 
 def commands():
-    joined = [fence.replace("\\\n", " ") for fence in fences("bash")]
+    joined = [fence.replace("\\\n", " ") for fence in fences("bash", README, *GUIDES.values())]
     lines = [line.split("#")[0].strip() for fence in joined for line in fence.splitlines()]
     return [line for line in lines if line]
 
@@ -107,9 +109,14 @@ def test_the_sizes_it_names():
     assert f"{parameters / 1e6:.1f} million parameters instead of {65_536 * 512 / 1e6:.1f}" in README
 
 
+def test_the_table_of_results_is_that_of_the_records():
+    assert with_results(README) == README
+
+
 def test_links_and_map_name_files_that_exist():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for path, page in {ROOT / "README.md": README, **GUIDES}.items():
+        for target in re.findall(r"\]\(([^)#]+)\)", page):
+            assert target.startswith("https://") or (path.parent / target).exists(), target
     block = README.split("## Where things are")[1].split("## ")[0]
     folder = ROOT
     for line in block.splitlines():
