@@ -1,33 +1,27 @@
-"""Separable neural architectures for Hugging Face transformers; importing this registers every Auto class."""
+"""Separable neural architectures for Hugging Face transformers; importing this registers every Auto class.
 
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM
+What is named here is imported when it is first asked for: the models need all of PyTorch and transformers.
+"""
 
-from leviathan.configuration_leviathan import LeviathanConfig
-from leviathan.generation_leviathan import ExpectationLogitsProcessor, rollout
-from leviathan.janus import SnaJanusConfig, SnaJanusModel
-from leviathan.khronos import KhronosConfig, KhronosForClassification, KhronosModel
-from leviathan.modeling_leviathan import LeviathanForCausalLM, LeviathanModel, LeviathanPreTrainedModel
-from leviathan.sna import SnaConfig, SnaModel
-from leviathan.span import SpanConfig, SpanModel
-from leviathan.tokenization_leviathan import FieldTokenizer
-from leviathan.vsna import VsnaConfig, VsnaModel
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from leviathan.registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from leviathan.configuration_leviathan import LeviathanConfig
+    from leviathan.generation_leviathan import ExpectationLogitsProcessor, rollout
+    from leviathan.janus import SnaJanusConfig, SnaJanusModel
+    from leviathan.khronos import KhronosConfig, KhronosForClassification, KhronosModel
+    from leviathan.modeling_leviathan import LeviathanForCausalLM, LeviathanModel, LeviathanPreTrainedModel
+    from leviathan.repository import export
+    from leviathan.sna import SnaConfig, SnaModel
+    from leviathan.span import SpanConfig, SpanModel
+    from leviathan.tokenization_leviathan import FieldTokenizer
+    from leviathan.vsna import VsnaConfig, VsnaModel
 
 __version__ = "0.1.0"
-
-AutoConfig.register(LeviathanConfig.model_type, LeviathanConfig)
-AutoConfig.register(KhronosConfig.model_type, KhronosConfig)
-AutoConfig.register(SnaConfig.model_type, SnaConfig)
-AutoConfig.register(SnaJanusConfig.model_type, SnaJanusConfig)
-AutoConfig.register(SpanConfig.model_type, SpanConfig)
-AutoConfig.register(VsnaConfig.model_type, VsnaConfig)
-AutoModel.register(LeviathanConfig, LeviathanModel)
-AutoModel.register(KhronosConfig, KhronosModel)
-AutoModel.register(SnaConfig, SnaModel)
-AutoModel.register(SnaJanusConfig, SnaJanusModel)
-AutoModel.register(SpanConfig, SpanModel)
-AutoModel.register(VsnaConfig, VsnaModel)
-AutoModelForCausalLM.register(LeviathanConfig, LeviathanForCausalLM)
-AutoFeatureExtractor.register(LeviathanConfig, FieldTokenizer)
 
 __all__ = [
     "ExpectationLogitsProcessor",
@@ -47,5 +41,47 @@ __all__ = [
     "SpanModel",
     "VsnaConfig",
     "VsnaModel",
+    "export",
     "rollout",
 ]
+
+# The same as type checkers read above.
+_MODULES = {
+    "ExpectationLogitsProcessor": "generation_leviathan",
+    "FieldTokenizer": "tokenization_leviathan",
+    "KhronosConfig": "khronos",
+    "KhronosForClassification": "khronos",
+    "KhronosModel": "khronos",
+    "LeviathanConfig": "configuration_leviathan",
+    "LeviathanForCausalLM": "modeling_leviathan",
+    "LeviathanModel": "modeling_leviathan",
+    "LeviathanPreTrainedModel": "modeling_leviathan",
+    "SnaConfig": "sna",
+    "SnaJanusConfig": "janus",
+    "SnaJanusModel": "janus",
+    "SnaModel": "sna",
+    "SpanConfig": "span",
+    "SpanModel": "span",
+    "VsnaConfig": "vsna",
+    "VsnaModel": "vsna",
+    "export": "repository",
+    "rollout": "generation_leviathan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        found = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -35,6 +35,7 @@ def act_components(components: LatentComponents, x: Tensor, network: int | None 
         return components(x, network)
     g = x.detach().numpy().T
     for block in components.blocks:
+        assert isinstance(block, LatentBlock)
         g = _block(block, g, network)
     return torch.from_numpy(g).mT
 
@@ -45,22 +46,23 @@ def _block(block: LatentBlock, x: np.ndarray, network: int | None) -> np.ndarray
     if network is not None:
         latent_dim, num_networks = len(block.factors) // num_networks, 1
         rows = slice(network * latent_dim, (network + 1) * latent_dim)
-    weight, bias, factors, gain, log_scale = (
-        None if each is None else each.detach().numpy()[rows]
-        for each in (block.weight, block.bias, block.factors, block.gain, block.log_scale)
-    )
+
+    def chosen(parameter: torch.Tensor) -> np.ndarray:
+        return parameter.detach().numpy()[rows]
+
+    weight, bias, factors = chosen(block.weight), chosen(block.bias), chosen(block.factors)
     if x.ndim == 3:  # the components of the block before
         weight = weight.reshape(num_networks, -1, weight.shape[1])
     h = (weight @ x).reshape(len(factors), -1)
-    if gain is not None:
+    if block.gain is not None:
         h = h.reshape(num_networks, -1, h.shape[1])
         h = h - h.mean(1, keepdims=True)
-        h = (h / np.sqrt((h * h).mean(1, keepdims=True) + EPSILON)).reshape(len(factors), -1) * gain
+        h = (h / np.sqrt((h * h).mean(1, keepdims=True) + EPSILON)).reshape(len(factors), -1) * chosen(block.gain)
     with np.errstate(over="ignore"):  # exp(-h) = inf is the right limit
         position = block.spline.num_cells / (1 + np.exp(-(h + bias)))
-    if log_scale is not None:
+    if block.log_scale is not None:
         middle = 0.5 * block.spline.num_cells
-        position = (position - middle) * np.exp(log_scale) + middle
+        position = (position - middle) * np.exp(chosen(block.log_scale)) + middle
     with np.errstate(invalid="ignore"):  # NaN falls in any cell
         cell = position.astype(np.int64).clip(0, block.spline.num_cells - 1)
     u = (position - cell)[..., None].astype(np.float32)

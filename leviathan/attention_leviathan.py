@@ -55,7 +55,7 @@ def prefix_attention(
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     if prefix_length >= num_tokens:
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
-    if kind == "cpu":
+    if kind == "cpu" and not torch.compiler.is_exporting():  # other runtimes have no such kernels
         return _CpuPrefixAttention.apply(query, key, value, prefix_length, scale)[0]
     inside, behind = query.split([prefix_length, num_tokens - prefix_length], dim=2)
     blocks = (
@@ -72,7 +72,8 @@ def _lower_right_attention(query: Tensor, key: Tensor, value: Tensor, scale: flo
     """
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
-    if query.dtype in (torch.float16, torch.bfloat16) and head_dim <= 256:
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    if is_half and head_dim <= 256 and not torch.compiler.is_exporting():
         padded = (F.pad(each, (0, -head_dim % 8)) for each in (query, key, value))
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(*padded, 0.0, True, return_debug_mask=False, scale=scale)[0][..., :head_dim]
@@ -132,14 +133,14 @@ class _CpuPrefixAttention(torch.autograd.Function):
         return torch.cat([outputs[0], behind.to(query.dtype)], dim=2), torch.cat([sums[0], log_sum], dim=2)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:  # noqa: ANN001
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.prefix_length, ctx.scale = inputs
         ctx.mark_non_differentiable(outputs[1])
         ctx.save_for_backward(*tensors, *outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sum = ctx.saved_tensors
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         to_query, to_key, to_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -208,7 +209,7 @@ def needs_no_mask(
         return False
     if attention_mask is not None:
         return bool(attention_mask.all())
-    return bool((position_ids.diff() == 1).all())  # where they restart, documents are packed
+    return position_ids is None or bool((position_ids.diff() == 1).all())  # where they restart, documents are packed
 
 
 AttentionInterface.register(PREFIX_SDPA, prefix_sdpa_attention_forward)

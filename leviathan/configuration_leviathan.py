@@ -22,6 +22,27 @@ from transformers.configuration_utils import PreTrainedConfig
 from sna_core.digits import digit_layout
 from sna_core.embedding import VARIANTS, CodebookEmbedding, LowRankEmbedding, SeparableEmbedding
 
+from .completed import Completed
+from .sizes import MOST_MODULES, check_extra, check_sizes, check_weights
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "embedding_base",
+    "embedding_seed_dim",
+    "embedding_num_knots",
+    "embedding_rank",
+    "embedding_token_rank",
+    "output_head_rank",
+    "patch_size",
+    "patch_margin",
+)
+
 EMBEDDINGS = {"separable": SeparableEmbedding, "codebook": CodebookEmbedding, "low_rank": LowRankEmbedding}
 
 
@@ -89,8 +110,8 @@ class LeviathanConfig(PreTrainedConfig):
     intermediate_size: int = 1408
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: Completed[int] = None
+    head_dim: Completed[int] = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
     initializer_range: float = 0.02
@@ -130,7 +151,12 @@ class LeviathanConfig(PreTrainedConfig):
     output_head_rank: int = 64
     loss_chunk_size: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_extra(self, kwargs)
+        check_sizes(self, *SIZES)
+        check_sizes(self, "num_hidden_layers", "embedding_num_heads", "embedding_num_digits", most=MOST_MODULES)
+        if self.num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads = {self.num_attention_heads}; expected at least 1.")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
@@ -155,6 +181,17 @@ class LeviathanConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation. Validates the architecture of the config."""
+        for name in ("hidden_size", "intermediate_size", "num_key_value_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}; expected at least 1.")
+        hidden = {"hidden_size": self.hidden_size}
+        check_weights(**hidden, vocab_size=self.vocab_size)
+        check_weights(**hidden, intermediate_size=self.intermediate_size)
+        check_weights(**hidden, num_attention_heads=self.num_attention_heads, head_dim=self.head_dim)
+        check_weights(**hidden, output_head_rank=self.output_head_rank, embedding_base=self.embedding_base or 1)
+        generator = ("num_heads", "seed_dim", "num_knots", "rank")
+        check_weights(**{f"embedding_{name}": getattr(self, f"embedding_{name}") or 1 for name in generator})
+        check_weights(vocab_size=self.vocab_size, embedding_token_rank=self.embedding_token_rank or 1)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,7 @@ class Sampler:
     temperature: float = 1.0
     warpers: LogitsProcessorList = field(init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         warpers = LogitsProcessorList()
         if self.sampling in RANDOM and self.temperature != 1:
             warpers.append(TemperatureLogitsWarper(float(self.temperature)))
@@ -120,11 +120,10 @@ class Sampler:
         return torch.cat(parts).view(hidden_states.shape[:-1])
 
     def _choose(self, hidden_states: Tensor, uniform: Tensor | None) -> Tensor:
-        digits = isinstance(self.head, DigitHead)
         # CODEPATH: a head of digits knows the mean and the inverse distribution without all logits.
-        if digits and self.sampling == "expectation":
+        if isinstance(self.head, DigitHead) and self.sampling == "expectation":
             return _rounded(self.head.expectation(hidden_states))
-        if digits and self.sampling == "sample" and not self.warpers:
+        if isinstance(self.head, DigitHead) and uniform is not None and self.sampling == "sample" and not self.warpers:
             ids = self.head.quantile(hidden_states, uniform)
             return torch.where(hidden_states.isfinite().all(-1), ids, -1)
         scores = self.head(hidden_states).float()
@@ -132,7 +131,9 @@ class Sampler:
             return expected_ids(scores)
         if self.sampling == "greedy":
             return torch.where(scores.isfinite().all(-1), scores.argmax(-1), -1)
-        return inverse_distribution(self.warpers(None, scores), uniform)
+        assert uniform is not None, "as the call has checked"
+        scores = self.warpers(None, scores)  # type: ignore[arg-type]  # these do not look at the ids so far
+        return inverse_distribution(scores, uniform)
 
 
 class PatchCache:
@@ -151,15 +152,16 @@ class PatchCache:
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Writes (rows, heads, tokens, head_dim) and returns what is there up to :attr:`end`."""
-        if self.states[layer] is None:
+        states = self.states[layer]
+        if states is None:
             shape = (*key.shape[:2], self.num_tokens, key.shape[3])
-            self.states[layer] = key.new_zeros(shape), value.new_zeros(shape)
-        for state, new in zip(self.states[layer], (key, value), strict=True):
+            states = self.states[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        for state, new in zip(states, (key, value), strict=True):
             if isinstance(self.place, slice):
                 state[:, :, self.place] = new
             else:
                 state.scatter_(2, self.place[:, None, :, None].expand_as(new), new)
-        keys, values = self.states[layer]
+        keys, values = states
         return keys[:, :, : self.end], values[:, :, : self.end]
 
     def clear(self) -> None:
@@ -170,7 +172,7 @@ class PatchCache:
 
     def keep(self, rows: Tensor) -> None:
         """Leaves the given rows alone, so that finished ones cost no more."""
-        self.states = [tuple(state[rows] for state in each) for each in self.states]
+        self.states = [None if each is None else (each[0][rows], each[1][rows]) for each in self.states]
 
 
 @dataclass
@@ -202,7 +204,7 @@ class Decoder:
     num_row_passes: int = 0
     _graphs: _Graphs | None = field(default=None, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.decoder = self.model.get_decoder()
         attention = self.model.config._attn_implementation
         self.takes_masks = attention == "eager" or attention.endswith("sdpa")
@@ -372,7 +374,7 @@ class _Graphs:
         self.place = torch.zeros(1, 1, dtype=torch.long, device=self.device)  # of the token to be chosen
         self.weights = self._pointers()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.pool = None  # of memory, one for all graphs: they run one after the other
+        self.pool: Any = None  # of memory, one for all graphs: they run one after the other
 
     def _pointers(self) -> list[Tensor]:
         """What graphs hold the addresses of, a baked table included; kept, so that these stay theirs."""

@@ -15,6 +15,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import torch
 from tqdm.auto import tqdm
@@ -23,6 +25,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .decoding_leviathan import DETERMINISTIC, RANDOM, Decoder, Sampler, Sampling, checked, expected_ids
 from .tokenization_leviathan import FieldTokenizer, check_scale
+
+if TYPE_CHECKING:
+    from .modeling_leviathan import LeviathanForCausalLM
 
 
 class ExpectationLogitsProcessor(LogitsProcessor):
@@ -36,12 +41,13 @@ class ExpectationLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Maps each row's scores to those of its expected id."""
         expected = checked(expected_ids(scores))
-        return torch.full_like(scores, -torch.inf).scatter_(-1, expected.unsqueeze(-1), 0.0)
+        chosen = torch.full_like(scores, -torch.inf).scatter_(-1, expected.unsqueeze(-1), 0.0)
+        return chosen  # type: ignore[return-value]  # torch's operations do not tell their result's dtype
 
 
 @torch.no_grad()
 def rollout(
-    model: PreTrainedModel,
+    model: LeviathanForCausalLM,
     tokenizer: FieldTokenizer,
     fields: np.ndarray | torch.Tensor,
     num_steps: int = 20,
@@ -145,7 +151,7 @@ def rollout(
 
 def _bake(model: PreTrainedModel, num_tokens: int) -> None:
     """Bakes a generated embedding if as many tokens are read as it has, or if CUDA graphs must find it baked."""
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     if hasattr(embedding, "bake") and (model.device.type == "cuda" or num_tokens >= embedding.num_embeddings):
         embedding.bake()
 

@@ -15,6 +15,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class TableHead:
         return F.linear(hidden_states, self.weight)
 
 
-def is_plain(head: Callable[[Tensor], Tensor], device: torch.device) -> bool:
+def is_plain(head: Callable[[Tensor], Tensor], device: torch.device) -> TypeGuard[nn.Linear | TableHead]:
     """Whether a head is its `weight` and nothing else: neither biased, hooked, offloaded, sharded nor quantised."""
     if isinstance(head, TableHead):
         return True
@@ -68,7 +69,16 @@ def fused_cross_entropy(hidden_states: Tensor, weight: Tensor, labels: Tensor, c
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels, chunk_size, dtype, learns_hidden, learns_weight):  # noqa: ANN001, ANN205
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_size: int,
+        dtype: torch.dtype,
+        learns_hidden: bool,
+        learns_weight: bool,
+    ) -> Tensor:
         exact = torch.promote_types(dtype, torch.float32)
         matrix = weight.to(dtype)
         to_hidden = torch.empty_like(hidden_states) if learns_hidden else None
@@ -93,7 +103,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # In the gradient's precision: rounding it first would bend all gradients alike.
         scaled = (None if each is None else (each * gradient).to(each.dtype) for each in ctx.saved_tensors)
         return *scaled, None, None, None, None, None

@@ -97,11 +97,12 @@ class LeviathanPreTrainedModel(PreTrainedModel):
         """As in transformers; what was not asked for is SDPA that needs no mask for a prefix."""
         return super().get_correct_attn_implementation(requested_attention or PREFIX_SDPA, is_init_check)
 
-    def resize_token_embeddings(
+    def resize_token_embeddings(  # type: ignore[override]  # generated embeddings are no nn.Embedding
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
         """Resizes the vocabulary, as in transformers; generated embeddings of the ids that remain do not change."""
-        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        embedding: Any = self.get_input_embeddings()
+        head = self.get_output_embeddings()
         if new_num_tokens is None and pad_to_multiple_of is None:
             return embedding
         size = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
@@ -132,12 +133,16 @@ class LeviathanModel(LeviathanPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = build_embedding(config)
         self.layers = nn.ModuleList(
-            [LlamaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+            [
+                LlamaDecoderLayer(config, layer_idx)  # type: ignore[arg-type]  # what it reads is there
+                for layer_idx in range(config.num_hidden_layers)
+            ]
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # CODEPATH: behind a margin, pixels are told where they lie. The published Leviathan counts tokens.
         in_window = config.position_layout == "window"
-        self.rotary_emb = (WindowRotaryEmbedding if in_window else LlamaRotaryEmbedding)(config=config)
+        rotary: Any = WindowRotaryEmbedding if in_window else LlamaRotaryEmbedding
+        self.rotary_emb = rotary(config=config)
         self.gradient_checkpointing = False
 
         self.post_init()
@@ -145,7 +150,7 @@ class LeviathanModel(LeviathanPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
-    def forward(
+    def forward(  # type: ignore[misc]  # as in transformers, kwargs hold position_ids too
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -222,8 +227,9 @@ class LeviathanModel(LeviathanPreTrainedModel):
         prefix_length: int | torch.Tensor | None,
     ) -> None:
         # CODEPATH: models of patches with a margin read one prior state; others a prefix of any length.
-        if self.config.position_layout == "window" and isinstance(prefix_length, int):
-            window = (self.config.patch_size + 2 * self.config.patch_margin) ** 2
+        patch_size = self.config.patch_size if self.config.position_layout == "window" else None
+        if patch_size is not None and isinstance(prefix_length, int):
+            window = (patch_size + 2 * self.config.patch_margin) ** 2
             if prefix_length != window:
                 raise ValueError(
                     f"prefix_length = {prefix_length}; this model's positions are those of a prior state of {window} "
@@ -254,7 +260,7 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as in transformers
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: LeviathanConfig):
@@ -264,12 +270,12 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         if config.tie_word_embeddings and config.embedding_type != "lookup":
             # There is no stored table to share: the head is the generated one.
             self.lm_head = None
-            self._tied_weights_keys = None
+            self._tied_weights_keys = None  # type: ignore[assignment]  # as transformers writes "none"
         # CODEPATH: vocabularies of numbers (fields) may be learned digit by digit; the published head is dense.
         elif config.output_head == "digits":
             digits = (config.embedding_base, config.embedding_num_digits)
             self.lm_head = DigitHead(config.hidden_size, config.vocab_size, *digits, rank=config.output_head_rank)
-            self._tied_weights_keys, self._tp_plan = None, {}
+            self._tied_weights_keys, self._tp_plan = None, {}  # type: ignore[assignment]  # likewise
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -294,7 +300,7 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         state = {k: v for k, v in self.state_dict().items() if not k.startswith("model.embed_tokens.")}
         state["model.embed_tokens.weight"] = table
         state.setdefault("lm_head.weight", table)
-        llama = LlamaForCausalLM(config).to(self.device, self.dtype).eval()
+        llama = LlamaForCausalLM(config).to(self.device, self.dtype).eval()  # type: ignore[arg-type]  # wrapped there
         llama.load_state_dict(state)
         llama.generation_config = copy.deepcopy(self.generation_config)
         return llama
@@ -326,7 +332,7 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         hidden_states, target, size = hidden_states[wanted], shifted[wanted], self.config.loss_chunk_size
         if isinstance(head, DigitHead):
             loss = chunked_loss(lambda hidden, ids: -head(hidden, ids).sum(), hidden_states, target, size)
-        elif is_plain(head, hidden_states.device):
+        elif size is not None and is_plain(head, hidden_states.device):
             loss = fused_cross_entropy(hidden_states, head.weight, target, size)
         else:
             loss = chunked_loss(cross_entropy_of(head), hidden_states, target, size)
@@ -335,7 +341,7 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring
-    def forward(
+    def forward(  # type: ignore[misc]  # as in transformers, kwargs hold position_ids too
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -366,7 +372,7 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
+        hidden_states = outputs[0]
         head = self.output_head()
 
         loss, logits = None, None
@@ -391,28 +397,27 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # args are those of any version
         self,
         input_ids: torch.LongTensor,
         *args: Any,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         prefix_length: int | torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers; for a cache of fixed size, masks are made from `token_type_ids`."""
         cache = kwargs.get("past_key_values")
         prefilled = cache is not None and bool(cache.get_seq_length() > 0)
         reads_prefix = prefix_length is not None and (not prefilled or kwargs.get("is_first_iteration"))
         fixed_size = cache is not None and cache.is_compileable
-        if reads_prefix and fixed_size:
+        if prefix_length is not None and reads_prefix and fixed_size:
             given = input_ids if inputs_embeds is None or input_ids.shape[1] > 0 else inputs_embeds
             kwargs["token_type_ids"] = prefix_token_types(
                 prefix_length, given.shape[1], given.shape[0], attention_mask, given.device
             )
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
+        kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]  # a mixin's self
         if reads_prefix and not fixed_size:
             inputs["prefix_length"] = prefix_length
         mask, types = inputs.get("attention_mask"), inputs.get("token_type_ids")
@@ -424,11 +429,11 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         return inputs
 
     def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, num_new_tokens: int = 1, **kwargs
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, num_new_tokens: int = 1, **kwargs: Any
     ) -> dict[str, Any]:
         # transformers repeats the last token type, which would draw generated tokens into an all-prefix prompt.
         token_type_ids = model_kwargs.pop("token_type_ids", None)
-        model_kwargs = super()._update_model_kwargs_for_generation(
+        model_kwargs = super()._update_model_kwargs_for_generation(  # type: ignore[misc]  # likewise
             outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
         )
         if token_type_ids is not None:
@@ -443,7 +448,7 @@ class LeviathanForCausalLM(LeviathanPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None,
         position_ids: torch.LongTensor | None,
         token_type_ids: torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Any:
         """Masks for caches of fixed size, prefix included."""
         blocks = None

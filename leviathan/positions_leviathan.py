@@ -33,7 +33,8 @@ class WindowRotaryEmbedding(LlamaRotaryEmbedding):
     """
 
     def __init__(self, config: LeviathanConfig):
-        super().__init__(config=config)
+        super().__init__(config=config)  # type: ignore[arg-type]  # what it reads is there
+        assert config.patch_size is not None, "as the config has checked"
         self.patch_size, self.margin = config.patch_size, config.patch_margin
 
     def places(self, position_ids: Tensor) -> Tensor:

@@ -14,7 +14,8 @@
 """SNA: the whole class of separable networks as a transformers model."""
 
 from dataclasses import dataclass
-from typing import Literal
+from math import comb
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,14 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from leviathan.completed import Completed
+from leviathan.sizes import LARGEST_INTEGER, MOST_MODULES, check_extra, check_sizes, check_weights
 from sna_core.interaction import InteractionObject
 from sna_core.network import one_each
 from sna_core.separable import SeparableNetwork, SubsetAtoms
 from sna_core.spectral import MLPAtoms, make_basis
+
+MOST_SUBSETS = 2**16
 
 
 @strict
@@ -70,8 +75,8 @@ class SnaConfig(PreTrainedConfig):
     num_inputs: int = 1
     num_outputs: int = 1
     interaction_order: int | None = None
-    subsets: list[list[int]] | None = None
-    coefficients: list[int | float] | None = None
+    subsets: Completed[list[list[int]]] = None
+    coefficients: Completed[list[int | float]] = None
     learn_coefficients: bool = True
     rank: int = 4
     decomposition: Literal["cp", "tucker", "tensor_train"] = "cp"
@@ -83,13 +88,19 @@ class SnaConfig(PreTrainedConfig):
     input_high: int | float | list[int | float] = 1.0
     activation: str | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_extra(self, kwargs)
+        check_sizes(self, "num_outputs", "rank", "num_cells", "num_basis")
+        check_sizes(self, "num_inputs", most=MOST_MODULES)
+        check_sizes(self, "input_low", "input_high", "coefficients", most=LARGEST_INTEGER)
         sizes = {"num_cells": 8, "degree": 3} if self.basis == "bspline" else {"num_basis": 9}
         for name, size in sizes.items():
             if getattr(self, name) is None:
                 setattr(self, name, size)
         if self.subsets is None:
             order = self.interaction_order
+            if order is not None:
+                check_subsets(self.num_inputs, order)
             whole = InteractionObject.full(self.num_inputs)
             interaction = whole if order is None else InteractionObject.up_to(self.num_inputs, order)
             self.subsets = [list(subset) for subset in interaction.subsets]
@@ -107,6 +118,8 @@ class SnaConfig(PreTrainedConfig):
                 f"interaction_order = {self.interaction_order}, but the largest subset has {order} inputs; give one of "
                 "interaction_order and subsets."
             )
+        width = (self.num_cells or 0) + (self.degree or 0) + (self.num_basis or 0)
+        check_weights(num_inputs=self.num_inputs, num_outputs=self.num_outputs, rank=self.rank, num_basis=width)
         with torch.device("meta"):  # neither takes memory nor draws numbers
             self.build_network()
 
@@ -138,6 +151,18 @@ class SnaConfig(PreTrainedConfig):
         )
 
 
+def check_subsets(num_inputs: int, order: int) -> None:
+    """Raises a ``ValueError`` if there are more than ``MOST_SUBSETS`` subsets of up to ``order`` inputs."""
+    count = 0
+    for size in range(1, min(order, num_inputs) + 1):
+        count += comb(num_inputs, size)
+        if count > MOST_SUBSETS:
+            raise ValueError(
+                f"{num_inputs} inputs have more than {MOST_SUBSETS} subsets of up to interaction_order = {order}; "
+                "lower it, or give the subsets themselves."
+            )
+
+
 @dataclass
 class SnaOutput(ModelOutput):
     """What [`SnaModel`] returns.
@@ -155,7 +180,7 @@ class SnaModel(PreTrainedModel):
     """A [`~sna_core.separable.SeparableNetwork`] that is saved, loaded and trained as transformers' models are."""
 
     config: SnaConfig
-    base_model_prefix = "network"
+    base_model_prefix = "sna"
     main_input_name = "x"
     _no_split_modules = ["SeparableNetwork"]
 
@@ -175,6 +200,8 @@ class SnaModel(PreTrainedModel):
     @can_return_tuple
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> SnaOutput:
         """Evaluates the network, and the mean squared error where labels are given.
+
+        Exported (``torch.export``, ONNX), where nothing can raise, it is NaN at points outside their intervals.
 
         Args:
             x: Points (..., num_inputs) in the inputs' intervals.

@@ -1,7 +1,7 @@
 """SPAN: a dense layer that finds coordinates in which a function is separable, and a CP network of splines in them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from leviathan.sizes import MOST_MODULES, check_extra, check_sizes, check_weights
 from sna_core.latent import LatentBlock, LatentComponents
 
 
@@ -58,8 +59,17 @@ class SpanConfig(PreTrainedConfig):
     learn_knot_scale: bool = False
     initialization: Literal["smooth", "rough"] = "smooth"
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_extra(self, kwargs)
+        super().__post_init__(**kwargs)
+
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation. Validates the architecture of the config."""
+        check_sizes(self, "num_inputs", "num_outputs", "latent_dim", "rank", "num_cells")
+        check_sizes(self, "num_blocks", most=MOST_MODULES)
+        check_weights(latent_dim=self.latent_dim, rank=self.rank, num_basis=self.num_cells + self.degree)
+        check_weights(latent_dim=self.latent_dim, num_inputs=self.num_inputs)
+        check_weights(num_outputs=self.num_outputs, rank=self.rank)
         if self.num_outputs < 1:
             raise ValueError(f"num_outputs = {self.num_outputs}; expected at least 1.")
         with torch.device("meta"):  # neither takes memory nor draws numbers
@@ -101,7 +111,7 @@ class SpanModel(PreTrainedModel):
     """
 
     config: SpanConfig
-    base_model_prefix = "components"
+    base_model_prefix = "span"
     main_input_name = "x"
     _no_split_modules = ["LatentBlock"]
 

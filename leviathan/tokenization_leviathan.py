@@ -16,7 +16,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from transformers.feature_extraction_utils import BatchFeature, FeatureExtractio
 from sna_core.digits import digit_layout
 
 Fields = np.ndarray | torch.Tensor
+SameFields = TypeVar("SameFields", np.ndarray, torch.Tensor)  # what comes in as numpy or torch goes out as that
+LARGEST_PATCH = 4096  # side, of which the order of pixels is written out
+LARGEST_NUMBER = 1e308  # of a range, whose width must be a number too
 LARGEST_SCALE = 8  # of fields against a model's data, or the inverse: flows decay, units differ by more
 
 
@@ -51,7 +55,7 @@ def hilbert_order(size: int) -> np.ndarray:
     return row * size + column
 
 
-def to_windows(fields: Fields, patch_size: int, margin: int = 0) -> Fields:
+def to_windows(fields: SameFields, patch_size: int, margin: int = 0) -> SameFields:
     """The patches of fields with ``margin`` pixels around each, taken periodically from the field.
 
     Shapes: (batch, height, width) -> (batch x patches, patch_size + 2 margin, patch_size + 2 margin), numpy or torch;
@@ -77,7 +81,7 @@ def to_windows(fields: Fields, patch_size: int, margin: int = 0) -> Fields:
     return windows.reshape(-1, window, window)
 
 
-def stitch(patches: Fields, field_shape: tuple[int, int]) -> Fields:
+def stitch(patches: SameFields, field_shape: tuple[int, int]) -> SameFields:
     """Fields of their patches, the inverse of :func:`to_windows` without a margin.
 
     Shapes: (batch x patches, P, P) -> (batch, height, width), numpy or torch, with ``field_shape`` (height, width).
@@ -153,11 +157,17 @@ class FieldTokenizer(FeatureExtractionMixin):
         order: Literal["raster", "hilbert"] = "raster",
         margin: int = 0,
         rms: float | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if patch_size < 1:
-            raise ValueError(f"patch_size = {patch_size}; expected at least 1.")
+        for name, count in {"patch_size": patch_size, "num_bits": num_bits, "base": base, "margin": margin}.items():
+            if not isinstance(count, Integral) or isinstance(count, bool):
+                raise ValueError(f"{name} = {count!r:.80}; expected an integer.")
+        for name, value in {"low": low, "high": high, "rms": rms}.items():
+            if value is not None and not (isinstance(value, Real) and abs(value) < LARGEST_NUMBER):
+                raise ValueError(f"{name} = {value!r:.80}; expected a finite number or None.")
+        if not 1 <= patch_size <= LARGEST_PATCH:
+            raise ValueError(f"patch_size = {patch_size}; expected at least 1, and at most {LARGEST_PATCH}.")
         if not 1 <= num_bits <= 24:
             raise ValueError(f"num_bits = {num_bits}; expected 1 to 24.")
         if order not in ("raster", "hilbert"):
@@ -169,10 +179,11 @@ class FieldTokenizer(FeatureExtractionMixin):
         self.margin, self.rms = margin, rms
         if order == "hilbert":
             hilbert_order(patch_size), hilbert_order(self.window_size)  # validates the sizes
-        self.low = self.high = None
+        self.low: float | None = None
+        self.high: float | None = None
         if (low is None) != (high is None):
             raise ValueError(f"low = {low} and high = {high}; give both, or neither and call fit.")
-        if low is not None:
+        if low is not None and high is not None:
             self._set_range(float(low), float(high))
 
     @property
@@ -203,8 +214,16 @@ class FieldTokenizer(FeatureExtractionMixin):
     @property
     def level(self) -> float:
         """Width of one quantisation level, in the field's unit."""
-        self._check_fitted()
-        return (self.high - self.low) / self.vocab_size
+        low, high = self._range()
+        return (high - low) / self.vocab_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, whose saver notes a pair of references for whatever is called a tokenizer."""
+        settings = super().to_dict()
+        for auto, reference in settings.get("auto_map", {}).items():
+            if isinstance(reference, tuple | list):
+                settings["auto_map"] = settings["auto_map"] | {auto: reference[0]}
+        return settings
 
     def fit(self, fields: Fields | Iterable[Fields]) -> FieldTokenizer:
         """Sets the range to the least and greatest value of ``fields``, and their root mean square.
@@ -244,7 +263,7 @@ class FieldTokenizer(FeatureExtractionMixin):
         Raises:
             ValueError: On values that are not finite, a wrong rank or size, or a tokenizer without a range.
         """
-        self._check_fitted()
+        low, high = self._range()
         if return_tensors not in (None, "np", "pt"):
             raise ValueError(f"return_tensors = {return_tensors!r}; expected 'np', 'pt' or None.")
         as_torch = return_tensors == "pt" or (return_tensors is None and isinstance(fields, torch.Tensor))
@@ -258,10 +277,10 @@ class FieldTokenizer(FeatureExtractionMixin):
         _check_divides(array.shape[1:], self.patch_size)
         data = {"input_ids": self._flat(to_windows(self._quantise(array), self.patch_size))}
         if return_num_clipped:
-            data["num_clipped"] = ((array < self.low) | (array > self.high)).sum((1, 2))
+            data["num_clipped"] = ((array < low) | (array > high)).sum((1, 2))
         return BatchFeature({k: torch.from_numpy(v) for k, v in data.items()} if as_torch else data)
 
-    def decode(self, input_ids: Fields, field_shape: tuple[int, int] | None = None) -> Fields:
+    def decode(self, input_ids: SameFields, field_shape: tuple[int, int] | None = None) -> SameFields:
         """Level centres of ids, patches put back into fields.
 
         Args:
@@ -274,7 +293,7 @@ class FieldTokenizer(FeatureExtractionMixin):
         Raises:
             ValueError: On ids outside the vocabulary or shapes that do not make whole fields.
         """
-        self._check_fitted()
+        low, _ = self._range()
         ids = input_ids.cpu().numpy() if isinstance(input_ids, torch.Tensor) else np.asarray(input_ids)
         height, width = field_shape or (self.patch_size, self.patch_size)
         self._check_ids(ids, (height, width))
@@ -282,10 +301,10 @@ class FieldTokenizer(FeatureExtractionMixin):
             raise ValueError(f"input_ids have dtype {ids.dtype}; expected integers.")
         if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab_size):
             raise ValueError(f"input_ids span [{ids.min()}, {ids.max()}]; expected [0, {self.vocab_size - 1}].")
-        fields = self._to_fields(self.low + (ids + 0.5) * self.level, height, width).astype(np.float32)
+        fields = self._to_fields(low + (ids + 0.5) * self.level, height, width).astype(np.float32)
         return torch.from_numpy(fields).to(input_ids.device) if isinstance(input_ids, torch.Tensor) else fields
 
-    def prefix(self, input_ids: Fields, field_shape: tuple[int, int]) -> Fields:
+    def prefix(self, input_ids: SameFields, field_shape: tuple[int, int]) -> SameFields:
         """Prior states as a model reads them: the ids of each patch with its margin.
 
         Shapes: (batch x patches, patch_size**2), as :meth:`__call__` returns them, -> (batch x patches,
@@ -306,7 +325,7 @@ class FieldTokenizer(FeatureExtractionMixin):
         Raises:
             ValueError: On windows of another size than W = patch_size + 2 margin, or values that are not finite.
         """
-        self._check_fitted()
+        self._range()
         if fields.shape[1:] != (self.window_size, self.window_size):
             raise ValueError(
                 f"windows have shape {fields.shape}; expected (batch, {self.window_size}, {self.window_size}): patches "
@@ -323,14 +342,14 @@ class FieldTokenizer(FeatureExtractionMixin):
         return patch.reshape(-1)[_positions(self.patch_size, self.order)]
 
     def _quantise(self, array: np.ndarray) -> np.ndarray:
-        ids = np.floor((array.astype(np.float64) - self.low) / self.level)
+        ids = np.floor((array.astype(np.float64) - self._range()[0]) / self.level)
         return np.clip(ids, 0, self.vocab_size - 1).astype(np.int64)
 
-    def _flat(self, windows: Fields) -> Fields:
+    def _flat(self, windows: SameFields) -> SameFields:
         size = windows.shape[-1]
         return windows.reshape(-1, size * size)[:, _positions(size, self.order)]
 
-    def _to_fields(self, patches: Fields, height: int, width: int) -> Fields:
+    def _to_fields(self, patches: SameFields, height: int, width: int) -> SameFields:
         size = self.patch_size
         raster = np.empty_like(patches) if isinstance(patches, np.ndarray) else torch.empty_like(patches)
         raster[:, _positions(size, self.order)] = patches
@@ -351,11 +370,13 @@ class FieldTokenizer(FeatureExtractionMixin):
             raise ValueError(f"the range [{low}, {high}] is empty or not finite; a field needs two different values.")
         self.low, self.high = low, high
 
-    def _check_fitted(self) -> None:
-        if self.low is None:
+    def _range(self) -> tuple[float, float]:
+        """``low`` and ``high``; a ``ValueError`` where there are none."""
+        if self.low is None or self.high is None:
             raise ValueError(
                 "this FieldTokenizer has no range yet; call fit(fields) on training data, or give low and high."
             )
+        return self.low, self.high
 
     def _finite(self, fields: Fields) -> np.ndarray:
         if isinstance(fields, torch.Tensor):

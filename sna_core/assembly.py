@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Residual:
     scale: float
 
     @classmethod
-    def of_equations(cls, form: QuadraticForm) -> Residual:
+    def of_equations(cls, form: QuadraticForm[Components]) -> Residual:
         """What is left of A w = b, for a form whose right-hand side is a sum of products; the largest is the scale."""
         first = form.coefficients[:, None, None] * form.matrices[0][form.index[:, 0]]
         index = form.index.clone()
@@ -69,7 +70,7 @@ class Residual:
         raise AssertionError("a train has at least one core")
 
 
-def least_squares(discretisation: Discretisation) -> tuple[QuadraticForm, Residual]:
+def least_squares(discretisation: Discretisation) -> tuple[QuadraticForm[Components], Residual]:
     """The squared residual as a form, and the residual itself.
 
     Raises:
@@ -90,7 +91,7 @@ def least_squares(discretisation: Discretisation) -> tuple[QuadraticForm, Residu
     return QuadraticForm(tuple(matrices), index, counts.double(), Components(tuple(right)), constant), residual
 
 
-def galerkin(discretisation: Discretisation) -> QuadraticForm:
+def galerkin(discretisation: Discretisation) -> QuadraticForm[Components]:
     """The energy of a symmetric problem.
 
     Raises:
@@ -111,7 +112,7 @@ def galerkin(discretisation: Discretisation) -> QuadraticForm:
         lifted.append(torch.cat([space.trial.mT @ matrix @ discretisation.lift.factors[i] for matrix in weak], 1))
         tests = (space.trial.mT @ space.basis.dense(space.points).mT) * space.weights
         source.append(tests @ _source(discretisation.source, space, i))
-    lowest, highest = sum(_ends_of_spectrum(matrices, term) for term in torch.stack(index, 1))
+    lowest, highest = reduce(torch.add, [_ends_of_spectrum(matrices, term) for term in torch.stack(index, 1)])
     floor = _rounding(discretisation, matrices, torch.stack(index, 1))
     right = _unless_rounding(Components(tuple(source)) + -Components(tuple(lifted)), floor)
     index, counts = torch.stack(index, 1).unique(dim=0, return_counts=True)
@@ -140,7 +141,7 @@ def _operators(terms: Sequence[Term], space: Space) -> list[Operator]:
 
 def _weighted(terms: Sequence[Term], matrices: Sequence[Tensor], axis: int) -> list[Tensor]:
     """Each term's coefficient belongs to its matrix along the first axis."""
-    return [t.coefficient * m if axis == 0 else m for t, m in zip(terms, matrices, strict=True)]
+    return [t.number * m if axis == 0 else m for t, m in zip(terms, matrices, strict=True)]
 
 
 def _source(terms: Sequence[Term], space: Space, axis: int) -> Tensor:
@@ -210,7 +211,7 @@ def _unless_rounding(right: Components, floor: float) -> Components:
 
 def _check_smooth(space: Space, order: int) -> None:
     axis = space.axis
-    if axis.kind == "bspline" and order > axis.degree:
+    if axis.degree is not None and order > axis.degree:
         raise ValueError(
             f"the residual has a derivative of order {order} along axis {axis.name!r}, which splines of degree "
             f"{axis.degree} do not carry; raise the degree to {order}, or use method='galerkin' if the problem is "

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from sna_core.field import FieldBasis
 from sna_core.graded import GradedBSpline
-from sna_core.spectral import Basis, make_basis
+from sna_core.spectral import make_basis
 
 BOUNDARIES = ("free", "dirichlet", "neumann", "periodic")
 KINDS = ("bspline", "chebyshev", "legendre", "fourier")
@@ -44,7 +45,7 @@ class Axis:
     kind: str = "bspline"
     num_basis: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier() or self.name in ("self", "coefficient"):
             raise ValueError(f"name = {self.name!r}; expected a word that can name an argument of a Term.")
         if self.kind not in KINDS:
@@ -86,22 +87,25 @@ class Axis:
         _ = self.basis  # which checks the sizes
 
     @property
-    def basis(self) -> Basis:
+    def basis(self) -> FieldBasis:
         """Its functions."""
-        if self.breakpoints is not None:
-            return GradedBSpline(self.breakpoints, self.degree)
+        if self.breakpoints is not None and self.degree is not None:  # of splines alone
+            return GradedBSpline(tuple(self.breakpoints), self.degree)
         sizes = {"num_cells": self.num_cells, "degree": self.degree, "num_basis": self.num_basis}
-        return make_basis(self.kind, float(self.low), float(self.high), **sizes)
+        basis = make_basis(self.kind, float(self.low), float(self.high), **sizes)
+        assert isinstance(basis, FieldBasis), "KINDS has no other"
+        return basis
 
     def coarsened(self) -> Axis:
         """The same with half the cells, or three quarters of the functions of a basis without cells."""
-        if self.kind != "bspline":
+        if self.num_basis is not None:  # of no splines
             num_basis = -(-3 * self.num_basis // 4)
             return replace(self, num_basis=num_basis + (self.kind == "fourier" and num_basis % 2 == 0))
-        if self.breakpoints is None:
-            return replace(self, num_cells=-(-self.num_cells // 2))
-        edges = self.breakpoints
-        return replace(self, breakpoints=(*edges[:-1:2], edges[-1]), num_cells=None)
+        if self.breakpoints is not None:
+            edges = self.breakpoints
+            return replace(self, breakpoints=(*edges[:-1:2], edges[-1]), num_cells=None)
+        assert self.num_cells is not None, "splines have cells"
+        return replace(self, num_cells=-(-self.num_cells // 2))
 
     @property
     def ends(self) -> tuple[str, str]:

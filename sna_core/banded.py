@@ -25,7 +25,9 @@ def solve_banded(matrix: Tensor, right: Tensor, block_size: int) -> Tensor:
     """
     starts = range(0, matrix.shape[-1], block_size)
     blocks = [slice(start, start + block_size) for start in starts]
-    diagonal, below, solved = [], [], []
+    diagonal: list[Tensor] = []
+    below: list[Tensor] = []
+    solved: list[Tensor] = []
     for k, block in enumerate(blocks):
         here, rhs = matrix[..., block, block], right[..., block, :]
         if k:

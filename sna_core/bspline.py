@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb, factorial, isfinite, perm
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ def local_bspline(
         below, above = (low + width * ((cell + step) / num_cells) for step in (0, 1))
         cell = cell - (x < below).to(x.dtype) + (x >= above).to(x.dtype)
     cell = cell.clamp(0, num_cells - 1)
+    if torch.compiler.is_exporting():  # points outside are NaN then, which lies in no cell
+        cell = cell.nan_to_num(0.0)
     u = (position - cell).unsqueeze(-1)  # (..., 1)
 
     if derivative > degree:
@@ -59,8 +62,9 @@ def local_bspline(
     if derivative == degree:
         values = rows[0] + 0 * u  # the gradient in x is zero, not missing
     else:
-        values = torch.addcmul(rows[-2], rows[-1], u)
-        for row in reversed(rows[:-2].unbind()):
+        *lower, last_but_one, last = rows.unbind()
+        values = torch.addcmul(last_but_one, last, u)
+        for row in reversed(lower):
             values = torch.addcmul(row, values, u)
     if derivative:
         scale = torch.as_tensor((num_cells / width) ** derivative, dtype=x.dtype, device=x.device)
@@ -68,14 +72,18 @@ def local_bspline(
     return cell.long(), values
 
 
-def check_inside(x: Tensor, low: float | Tensor, high: float | Tensor, num_inputs: int | None = None) -> None:
-    """Raises a ``ValueError`` for the first element of ``x`` that is NaN or outside [low, high].
+def check_inside(x: Tensor, low: float | Tensor, high: float | Tensor, num_inputs: int | None = None) -> Tensor:
+    """Returns x; raises a ``ValueError`` for the first element that is NaN or outside [low, high].
+
+    An exported graph cannot raise: there elements outside become NaN, and so does whatever is computed from them.
 
     With ``num_inputs`` the last dimension of ``x`` counts inputs, and ``low`` and ``high`` are (num_inputs,).
     """
     inside = (x >= low) & (x <= high)  # False for NaN
+    if torch.compiler.is_exporting():
+        return torch.where(inside, x, torch.nan)
     if inside.all():
-        return
+        return x
     index = (~inside).nonzero()[0].tolist()
     value = x[tuple(index)]
     name = f"x{index}" if index else "x"
@@ -87,7 +95,7 @@ def check_inside(x: Tensor, low: float | Tensor, high: float | Tensor, num_input
         owner, remedy = "the interval", "rescale x"
     else:
         owner, remedy = f"input {index[-1]}'s interval", "rescale the column"
-        low, high = low[index[-1]].item(), high[index[-1]].item()
+        low, high = (torch.as_tensor(end)[index[-1]].item() for end in (low, high))
     bound = "lower `low`" if value < low else "widen `high`"
     raise ValueError(f"{name} = {text} lies outside {owner} [{low:g}, {high:g}]; {remedy} or {bound}.")
 
@@ -101,6 +109,29 @@ def gauss_legendre(num_points: int) -> tuple[Tensor, Tensor]:
     beside = k / (4 * k**2 - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
     return nodes, 2 * vectors[0] ** 2
+
+
+class CellBasis(Protocol):
+    """B-splines on some cells, as :class:`UniformBSpline` has them: what ``dense`` and ``gram`` are made of."""
+
+    @property
+    def degree(self) -> int:
+        """Of the polynomials."""
+
+    @property
+    def num_basis(self) -> int:
+        """Number of functions."""
+
+    def local(self, x: Tensor, derivative: int = 0, *, check: bool = True) -> tuple[Tensor, Tensor]:
+        """The functions that are not zero at x."""
+
+    def dense(self, x: Tensor, derivative: int = 0, *, check: bool = True) -> Tensor:
+        """All functions."""
+
+    def quadrature(
+        self, num_points: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Points and weights."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +159,7 @@ class UniformBSpline:
     low: float = 0.0
     high: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.num_cells, int) or self.num_cells < 1:
             raise ValueError(f"num_cells = {self.num_cells!r}; expected an integer of at least 1.")
         if not isinstance(self.degree, int) or not 0 <= self.degree <= MAX_DEGREE:
@@ -168,10 +199,10 @@ class UniformBSpline:
         if not x.is_floating_point():
             raise ValueError(f"x has dtype {x.dtype}; expected floating-point values, e.g. x.to(torch.float64).")
         if check:
-            check_inside(x, self.low, self.high)
+            x = check_inside(x, self.low, self.high)
         return local_bspline(x, self.low, self.high - self.low, self.num_cells, self.degree, derivative)
 
-    def dense(self, x: Tensor, derivative: int = 0, *, check: bool = True) -> Tensor:
+    def dense(self: CellBasis, x: Tensor, derivative: int = 0, *, check: bool = True) -> Tensor:
         """All basis functions: (...) -> (..., num_basis). Arguments and errors as in :meth:`local`."""
         cell, values = self.local(x, derivative, check=check)
         index = cell.unsqueeze(-1) + torch.arange(self.degree + 1, device=x.device)
@@ -210,7 +241,7 @@ class UniformBSpline:
         return points.flatten().to(device, dtype), weights.flatten().to(device, dtype)
 
     def gram(
-        self,
+        self: CellBasis,
         derivative_left: int = 0,
         derivative_right: int = 0,
         weight: Callable[[Tensor], Tensor] | None = None,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -75,10 +76,11 @@ class ComponentSolver:
                 found.append(_weighted(moved[i], blocks[i]) + _weighted(images[i], self.form.by_matrix(i, others)))
             return _joined(found) + damping * step
 
-        scale = sum(
+        traces = [
             (b.diagonal(dim1=1, dim2=2).sum(1) * m.diagonal(dim1=1, dim2=2).sum(1)).sum()
             for b, m in zip(blocks, self.form.matrices, strict=True)
-        ) / len(slope)
+        ]
+        scale = reduce(torch.add, traces) / len(slope)
         while self.damping < 1e8:
             damping = self.damping * scale
             inverses = [self._preconditioner(i, block, damping) for i, block in enumerate(blocks)]
@@ -131,7 +133,7 @@ class ComponentSolver:
         )
         return found.view_as(right)
 
-    def _preconditioner(self, axis: int, block: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
+    def _preconditioner(self, axis: int, block: Tensor, damping: float | Tensor) -> Callable[[Tensor], Tensor]:
         """The inverse of the form in an axis's factors, its matrices cut to their diagonals; exact for the identity."""
         diagonals = self.form.matrices[axis].diagonal(dim1=1, dim2=2)
         if len(diagonals) == 1 and torch.equal(diagonals, torch.ones_like(diagonals)):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sna_core.components import ComponentSolver, balanced, extended
-from sna_core.forms import distance_to
+from sna_core.forms import QuadraticForm, distance_to
 from sna_core.network import pairwise_product
 from sna_core.tensor_train import Train
 
@@ -132,6 +132,8 @@ def _ordered(factors: Sequence[Tensor]) -> list[Tensor]:
 
 class _Fit(ComponentSolver):
     """Of a train, with a distance that is exact however small it is."""
+
+    form: QuadraticForm[Train]
 
     def value_of(self, factors: Sequence[Tensor]) -> float:
         """The squared distance."""

@@ -207,7 +207,7 @@ def separate(
         factors = terms_of_train(
             train, samples, tolerance=tolerance, goal=goal, max_rank=max_rank, start=factors, generator=f.generator
         )
-        points = f.random_points(pivots)
+        points, num_terms = f.random_points(pivots), factors[0].shape[1]
         fresh = Samples(_tables(f, scales, points), f(points))
         error = fresh.error(factors) / largest
         if error <= tolerance:
@@ -215,7 +215,7 @@ def separate(
             return SeparableSum(low, high, factors, error, tolerance, f.num_evaluations)
         samples = samples.joined(fresh)
     raise ValueError(
-        f"{factors[0].shape[1]} terms are off by {error:.1e} of the largest value, beyond the tolerance "
+        f"{num_terms} terms are off by {error:.1e} of the largest value, beyond the tolerance "
         f"{tolerance:g}; {REMEDIES}."
     )
 
@@ -302,7 +302,7 @@ class _Watched:
             )
         values = values.to("cpu", torch.float64)
         if not (finite := values.isfinite()).all():
-            worst = (~finite).nonzero()[0].item()
+            worst = int((~finite).nonzero()[0])
             at = ", ".join(f"{x:.9g}" for x in points[worst].tolist())
             raise ValueError(
                 f"the function is {values[worst].item()} at ({at}); move the box away from the singularity, or give "

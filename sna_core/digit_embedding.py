@@ -28,6 +28,7 @@ class DigitEmbedding(GeneratedEmbedding):
 
     codebooks: nn.Parameter
     codebook_std: float
+    token_order: Tensor | None
 
     def __init__(
         self,

@@ -60,6 +60,14 @@ class DigitHead(nn.Module):
         ValueError: If a size is below one or the digits cannot number all ids.
     """
 
+    first_weight: nn.Parameter
+    first_bias: nn.Parameter
+    hidden_weight: nn.Parameter  # this one and those below: not with one digit
+    hidden_bias: nn.Parameter
+    digit_factors: nn.Parameter
+    out_weight: nn.Parameter
+    out_bias: nn.Parameter
+
     def __init__(
         self,
         hidden_size: int,

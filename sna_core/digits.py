@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST_DEFAULT_BASE = 256
+MOST_DIGITS = 63  # of an int64
 
 
 def digit_layout(num_embeddings: int, base: int | None = None, num_digits: int | None = None) -> tuple[int, int]:
@@ -22,8 +23,8 @@ def digit_layout(num_embeddings: int, base: int | None = None, num_digits: int |
         raise ValueError(f"num_embeddings = {num_embeddings}; expected at least 1.")
     if base is not None and base < 2:
         raise ValueError(f"base = {base}; digits need a base of at least 2.")
-    if num_digits is not None and num_digits < 1:
-        raise ValueError(f"num_digits = {num_digits}; expected at least 1.")
+    if num_digits is not None and not 1 <= num_digits <= MOST_DIGITS:
+        raise ValueError(f"num_digits = {num_digits}; expected at least 1 and at most {MOST_DIGITS}.")
     if base is None:
         if num_digits is None:
             num_digits = 1
@@ -61,4 +62,4 @@ def to_digits(ids: Tensor, base: int, num_digits: int, reflected: bool = False) 
     return digits
 
 
-__all__ = ["digit_layout", "to_digits"]
+__all__ = ["MOST_DIGITS", "digit_layout", "to_digits"]

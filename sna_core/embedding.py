@@ -163,7 +163,7 @@ class SeparableEmbedding(DigitEmbedding):
             nn.init.normal_(self.residual_weight, std=0.02)
         if self.out_gain is not None:
             nn.init.ones_(self.out_gain)
-        if self.token_factors is not None:
+        if self.token_factors is not None and self.token_weight is not None:
             nn.init.normal_(self.token_factors, std=0.02 / TOKEN_SCALE)
             nn.init.normal_(self.token_weight, std=self.token_rank**-0.5)
 
@@ -201,7 +201,7 @@ class SeparableEmbedding(DigitEmbedding):
         if self.out_gain is not None:
             wide = out.to(product_dtype(dtype))
             out = F.rms_norm(wide, wide.shape[-1:], eps=OUTPUT_EPSILON).to(dtype) * self.out_gain
-        if self.token_factors is not None:
+        if self.token_factors is not None and self.token_weight is not None:
             out = out + TOKEN_SCALE * F.embedding(ids, self.token_factors) @ self.token_weight
         return out
 

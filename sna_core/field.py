@@ -112,7 +112,8 @@ class SeparableField(nn.Module):
             self.cores = _zeros(zip([1, *inner], num_basis, [*inner, 1], strict=True), dtype)
             return
         check_counts(rank=rank)
-        if decomposition == "tucker":
+        assert isinstance(rank, int), "as just checked"
+        if frame_sizes is not None:
             if len(frame_sizes) != self.num_axes:
                 raise ValueError(f"frame_sizes = {frame_sizes} for {self.num_axes} axes; expected one for each.")
             check_counts(**{f"frame_sizes[{i}]": m for i, m in enumerate(frame_sizes)})
@@ -156,7 +157,7 @@ class SeparableField(nn.Module):
         Raises:
             ValueError: If a point is NaN or outside the box, or the points have another width or dtype than the field.
         """
-        check_points(points, self.bases, self.dtype)
+        points = check_points(points, self.bases, self.dtype)
         coefficients = self.coefficients()
         values = by_blocks(lambda x: self._value(x, coefficients), points, _num_functions(coefficients))
         return values[..., 0]
@@ -167,7 +168,7 @@ class SeparableField(nn.Module):
         The gradient has the units of u over those of x. At a knot where a derivative jumps it is the limit from the
         right. Raises as :meth:`forward`.
         """
-        check_points(points, self.bases, self.dtype)
+        points = check_points(points, self.bases, self.dtype)
         coefficients = self.coefficients()
         both = by_blocks(lambda x: self._both(x, coefficients), points, 4 * _num_functions(coefficients))
         return both[..., 0], both[..., 1:]
@@ -260,10 +261,10 @@ class SeparableField(nn.Module):
         """
         if self.bases != other.bases:
             raise ValueError("the fields have different bases; an inner product needs the same ones on every axis.")
-        state = None
-        for basis, left, right in zip(self.bases, self.coefficients(), other.coefficients(), strict=True):
-            if state is None:
-                state = left.new_ones(1 if self.is_train else left.shape[-1], 1 if other.is_train else right.shape[-1])
+        pairs = list(zip(self.coefficients(), other.coefficients(), strict=True))
+        left, right = pairs[0]
+        state = left.new_ones(1 if self.is_train else left.shape[-1], 1 if other.is_train else right.shape[-1])
+        for basis, (left, right) in zip(self.bases, pairs, strict=True):
             weighted = torch.einsum("nm,...mr->...nr", gram(basis).to(right), right)
             state = _transfer(state, left, weighted)
         return state.sum()

@@ -31,7 +31,8 @@ class FieldTable:
     @torch.no_grad()
     def __init__(self, field: SeparableField, dtype: torch.dtype = torch.float32):
         self.bases, self.is_train, self.dtype = field.bases, field.is_train, dtype
-        self.axes, scale = [], torch.ones((), dtype=torch.float64)
+        self.axes: list[_PiecewiseAxis | _SpectralAxis] = []
+        scale = torch.ones((), dtype=torch.float64)
         for basis, coefficient in zip(field.bases, field.coefficients(), strict=True):
             coefficient = coefficient.detach().to("cpu", torch.float64)
             # Tables of size one, so that no product leaves the range of float32; the sizes come in last.
@@ -41,8 +42,10 @@ class FieldTable:
             coefficient = coefficient / size
             if self.is_train:
                 coefficient = coefficient.transpose(0, 1)
-            kind = _PiecewiseAxis if isinstance(basis, UniformBSpline | GradedBSpline) else _SpectralAxis
-            self.axes.append(kind(basis, coefficient, dtype))
+            if isinstance(basis, UniformBSpline | GradedBSpline):
+                self.axes.append(_PiecewiseAxis(basis, coefficient, dtype))
+            else:
+                self.axes.append(_SpectralAxis(basis, coefficient, dtype))
         self.scale = scale.to(dtype).reshape(-1)  # (rank,), for a train (1,)
         self.chunk_size = max(1, CHUNK_NUMEL // max(axis.num_values for axis in self.axes))
 

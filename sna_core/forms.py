@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,8 +48,11 @@ class Components:
         return gram.sum().clamp(min=0).sqrt().item()
 
 
+Right = TypeVar("Right", bound=Functional)
+
+
 @dataclass(frozen=True)
-class QuadraticForm:
+class QuadraticForm(Generic[Right]):
     r"""What is minimised: :math:`J(w) = \langle w, A w \rangle - 2 \langle b, w \rangle + c`, A symmetric and positive.
 
     .. math::
@@ -66,7 +69,7 @@ class QuadraticForm:
     matrices: tuple[Tensor, ...]
     index: Tensor
     coefficients: Tensor
-    right: Functional
+    right: Right
     constant: float
 
     @property
@@ -74,7 +77,7 @@ class QuadraticForm:
         """Dimension of each axis."""
         return [m.shape[-1] for m in self.matrices]
 
-    def permuted(self, order: Sequence[int]) -> QuadraticForm:
+    def permuted(self: QuadraticForm[Components], order: Sequence[int]) -> QuadraticForm[Components]:
         """The same with the axes in another order; the right-hand side must be a sum of products."""
         return QuadraticForm(
             tuple(self.matrices[i] for i in order),
@@ -91,7 +94,7 @@ class QuadraticForm:
         return total.index_add_(0, self.index[:, axis], weighted)
 
 
-def distance_to(target: Functional, sizes: Sequence[int], squared_norm: float) -> QuadraticForm:
+def distance_to(target: Right, sizes: Sequence[int], squared_norm: float) -> QuadraticForm[Right]:
     """The squared distance to a function in L2, in orthonormal bases."""
     matrices = tuple(torch.eye(size, dtype=torch.float64).unsqueeze(0) for size in sizes)
     index = torch.zeros(1, len(matrices), dtype=torch.long)

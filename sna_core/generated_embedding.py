@@ -31,6 +31,10 @@ class GeneratedEmbedding(nn.Module):
     _baked: tuple[_Versions, Tensor] | None = None
     _counted: tuple[_Versions, int] = ((), 0)
 
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew."""
+        raise NotImplementedError
+
     def generate(self, ids: Tensor) -> Tensor:
         """Embeddings of a flat tensor of ids: (tokens,) -> (tokens, embedding_dim)."""
         raise NotImplementedError

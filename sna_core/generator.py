@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,7 +203,7 @@ class _Block:
 
 class _SeparableProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, coordinates, splines, scale, normalize):  # noqa: ANN001, ANN205
+    def forward(ctx: Any, coordinates: Tensor, splines: Tensor, scale: Tensor | None, normalize: bool) -> Tensor:
         product = coordinates.new_empty(*coordinates.shape[:2], splines.shape[3])
         for head, rows, block in _blocks(coordinates, splines):
             factors = block.fill(coordinates[head, rows], splines[head], _of_head(scale, head), normalize)
@@ -217,7 +218,7 @@ class _SeparableProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         coordinates, splines, scale, product = ctx.saved_tensors
         to_coordinates = torch.empty_like(coordinates)
         to_splines = torch.zeros_like(splines)
@@ -228,7 +229,7 @@ class _SeparableProduct(torch.autograd.Function):
             to_factors = _factor_gradient(factors, product[head, rows], gradient[head, rows])  # (seed, tokens, rank)
             to_splines[head].baddbmm_(block.basis.transpose(1, 2), to_factors)
             to_coordinates[head, rows], of_scale = block.gradient(to_factors, splines[head], head_scale, ctx.normalize)
-            if scale is not None:
+            if to_scale is not None and of_scale is not None:
                 to_scale[head] += of_scale
         return to_coordinates, to_splines, to_scale, None
 

@@ -281,7 +281,8 @@ class _SeparableProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        return *_backward(*ctx.saved_tensors, gradient, ctx.normalize), None
+        coordinates, splines, scale, nonzero_product, num_zeros = ctx.saved_tensors
+        return *_backward(coordinates, splines, scale, nonzero_product, num_zeros, gradient, ctx.normalize), None
 
 
 def _forward(
@@ -350,7 +351,7 @@ def _backward(
     return (
         to_coordinates.sum(0).transpose(1, 2).to(coordinates.dtype),
         to_splines.to(splines.dtype),
-        None if scale is None else to_scale.sum((0, 1)).to(scale.dtype),
+        None if scale is None or to_scale is None else to_scale.sum((0, 1)).to(scale.dtype),
     )
 
 

@@ -41,7 +41,7 @@ class GradedBSpline:
     breakpoints: tuple[float, ...]
     degree: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         edges = tuple(float(edge) for edge in self.breakpoints)
         object.__setattr__(self, "breakpoints", edges)
         if len(edges) < 2:
@@ -119,7 +119,7 @@ class GradedBSpline:
         if not x.is_floating_point():
             raise ValueError(f"x has dtype {x.dtype}; expected floating-point values, e.g. x.to(torch.float64).")
         if check:
-            check_inside(x, self.low, self.high)
+            x = check_inside(x, self.low, self.high)
         edges = x.new_tensor(self.breakpoints)
         cell = torch.bucketize(x.detach().contiguous(), edges[1:-1], right=True)
         width = edges.diff()[cell]

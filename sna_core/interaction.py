@@ -14,7 +14,7 @@ Subset = tuple[int, ...]
 MAX_NUMEL = 2**27  # entries of a dense embedding: one GiB in float64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class InteractionObject:
     r"""Coefficients :math:`c_S` of subsets S of the inputs (arXiv 2603.12244, "Foundational constituents").
 
@@ -45,12 +45,13 @@ class InteractionObject:
     """
 
     num_inputs: int
-    coefficients: Mapping[Subset, float] | Iterable[tuple[Subset, float]]
+    coefficients: tuple[tuple[Subset, float], ...]
 
-    def __post_init__(self):
-        if not isinstance(self.num_inputs, int) or self.num_inputs < 1:
-            raise ValueError(f"num_inputs = {self.num_inputs!r}; expected an integer of at least 1.")
-        given = self.coefficients.items() if isinstance(self.coefficients, Mapping) else self.coefficients
+    def __init__(self, num_inputs: int, coefficients: Mapping[Subset, float] | Iterable[tuple[Subset, float]]):
+        if not isinstance(num_inputs, int) or num_inputs < 1:
+            raise ValueError(f"num_inputs = {num_inputs!r}; expected an integer of at least 1.")
+        object.__setattr__(self, "num_inputs", num_inputs)
+        given = coefficients.items() if isinstance(coefficients, Mapping) else coefficients
         terms = sorted(((tuple(subset), c) for subset, c in given), key=lambda term: (len(term[0]), term[0]))
         if not terms:
             raise ValueError("the interaction object has no subset; give at least one, e.g. {(0,): 1.0}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ class LatentBlock(nn.Module):
     Raises:
         ValueError: If a count is below 1, the degree is none of 0 to 5, or a name is unknown.
     """
+
+    gain: nn.Parameter | None
+    log_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -108,18 +111,19 @@ class LatentBlock(nn.Module):
         Returns:
             (networks, rank, samples).
         """
-        parameters = (self.weight, self.bias, self.factors, self.gain, self.log_scale)
-        if frozen:
-            parameters = [each if each is None else each.detach() for each in parameters]
-        num_networks = self.num_networks
+        num_networks, rows = self.num_networks, slice(None)
         if network is not None:
             latent_dim, num_networks = len(self.factors) // num_networks, 1
             rows = slice(network * latent_dim, (network + 1) * latent_dim)
-            parameters = [each if each is None else each[rows] for each in parameters]
-        weight, bias, factors, gain, log_scale = parameters
-        if gain is not None:
-            x, weight, bias = self._normalized(x, weight, num_networks) * gain + bias, None, None
-        scale = None if log_scale is None else log_scale.exp()
+
+        def chosen(parameter: Tensor) -> Tensor:
+            parameter = parameter.detach() if frozen else parameter
+            return parameter if network is None else parameter[rows]
+
+        weight, bias, factors = chosen(self.weight), chosen(self.bias), chosen(self.factors)
+        if self.gain is not None:
+            x, weight, bias = self._normalized(x, weight, num_networks) * chosen(self.gain) + bias, None, None
+        scale = None if self.log_scale is None else chosen(self.log_scale).exp()
         return squashed_product(x, weight, bias, factors, num_networks, self.spline.num_cells, scale, fused=fused)
 
     def _normalized(self, x: Tensor, weight: Tensor, num_networks: int) -> Tensor:
@@ -150,7 +154,7 @@ class LatentComponents(nn.Module):
         ValueError: As :class:`LatentBlock`, or if there is no block.
     """
 
-    def __init__(self, num_inputs: int, *, num_blocks: int = 1, rank: int, **options: object):
+    def __init__(self, num_inputs: int, *, num_blocks: int = 1, rank: int, **options: Any):
         super().__init__()
         check_counts(num_blocks=num_blocks)
         widths = [num_inputs, *[rank] * (num_blocks - 1)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sna_core.assembly import Residual
-from sna_core.forms import QuadraticForm
+from sna_core.forms import Components, QuadraticForm
 from sna_core.network import products_of_others
 from sna_core.ordering import best_order
 from sna_core.tensor_train import Train, TrainSolver
@@ -54,7 +54,7 @@ class LinearSolution:
 
 
 def solve_linear(
-    form: QuadraticForm,
+    form: QuadraticForm[Components],
     residual: Residual,
     start: LinearSolution | None = None,
     *,
@@ -78,7 +78,9 @@ def solve_linear(
     """
     order, train = (start.order, start.train) if start else _start(form, residual, generator, on_step)
     solver = TrainSolver(form.permuted(order), train, generator)
-    history, before, ranks = [], inf, []
+    history: list[float] = []
+    ranks: list[int] = []
+    before = inf
     for cut in CUTS if start is None else [cut for cut in CUTS if cut < SURE_FROM]:
         for _ in range(SWEEPS_PER_CUT):
             change = solver.sweep(cut, max_rank)
@@ -101,7 +103,7 @@ def solve_linear(
 
 
 def _start(
-    form: QuadraticForm, residual: Residual, generator: torch.Generator, on_step: Observer
+    form: QuadraticForm[Components], residual: Residual, generator: torch.Generator, on_step: Observer
 ) -> tuple[list[int], Train]:
     """The best order of axes, and a rough solution in it."""
     order = list(range(len(form.sizes)))

@@ -13,14 +13,27 @@ evaluation is the kernel of :mod:`sna_core.local_sum_triton`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, reduce
 from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sna_core.bspline import UniformBSpline, check_inside, local_bspline
+
+
+class Interval(Protocol):
+    """What has two ends, as a basis of one input."""
+
+    @property
+    def low(self) -> float:
+        """The left one."""
+
+    @property
+    def high(self) -> float:
+        """The right one."""
 
 
 def local_sum(
@@ -58,7 +71,7 @@ def local_sum(
         )
     if not isinstance(derivative, int) or derivative < 0:
         raise ValueError(f"derivative = {derivative!r}; expected an integer of at least 0.")
-    check_points(x, splines, factors.dtype, inside=check)
+    x = check_points(x, splines, factors.dtype, inside=check)
     low = x.new_tensor([s.low for s in splines])
     width = x.new_tensor([s.high - s.low for s in splines])
     columns = x.reshape(-1, num_inputs).mT.contiguous()  # (num_inputs, points)
@@ -74,8 +87,10 @@ def local_sum(
     return sums.view(num_inputs, *x.shape[:-1], *factors.shape[2:])
 
 
-def check_points(x: Tensor, splines: Sequence[UniformBSpline], dtype: torch.dtype, *, inside: bool = True) -> None:
-    """Raises a ``ValueError`` unless x (..., num_inputs) has a column of ``dtype`` for each spline, in its interval."""
+def check_points(x: Tensor, splines: Sequence[Interval], dtype: torch.dtype, *, inside: bool = True) -> Tensor:
+    """Returns x (..., num_inputs); raises a ``ValueError`` unless it has a column of ``dtype`` for each spline, in its
+    interval. In an exported graph, points outside are NaN (:func:`~sna_core.bspline.check_inside`).
+    """
     num_inputs = len(splines)
     if x.shape[-1:] != (num_inputs,):
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {num_inputs}), a column for each input.")
@@ -83,7 +98,8 @@ def check_points(x: Tensor, splines: Sequence[UniformBSpline], dtype: torch.dtyp
         raise ValueError(f"x is {x.dtype} and the factors are {dtype}; convert with x.to({dtype}).")
     if inside:
         low, high = (x.new_tensor([getattr(s, end) for s in splines]) for end in ("low", "high"))
-        check_inside(x, low, high, num_inputs)
+        return check_inside(x, low, high, num_inputs)
+    return x
 
 
 def local_sum_reference(
@@ -127,14 +143,17 @@ def _kernels() -> ModuleType | None:
 
 def _uses_kernels(x: Tensor) -> bool:
     """Whether Triton evaluates: not in a compiled graph, which fuses PyTorch's own operations."""
-    return x.is_cuda and not torch.compiler.is_compiling() and _kernels() is not None and _kernels().is_available(x)
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return False
+    kernels = _kernels()
+    return kernels is not None and kernels.is_available(x)
 
 
 class _Linear(torch.autograd.Function):
     """What the two maps share: their first two arguments are tensors to differentiate, linear in the second."""
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.num_cells, ctx.degree, ctx.derivative = inputs
         ctx.save_for_backward(*tensors)
 
@@ -146,8 +165,9 @@ class _Evaluate(_Linear):
     def forward(
         x: Tensor, factors: Tensor, low: Tensor, width: Tensor, num_cells: int, degree: int, derivative: int
     ) -> Tensor:
-        if _uses_kernels(x):
-            return _kernels().local_sum_triton(x, factors, low, width, num_cells, degree, derivative)
+        kernels = _kernels() if _uses_kernels(x) else None
+        if kernels is not None:
+            return kernels.local_sum_triton(x, factors, low, width, num_cells, degree, derivative)
         num_inputs, num_basis, num_functions = factors.shape
         cell, values = local_bspline(x, low, width, num_cells, degree, derivative)
         first = cell + num_basis * torch.arange(num_inputs, device=x.device).unsqueeze(-1)
@@ -159,18 +179,20 @@ class _Evaluate(_Linear):
         return sums.view(*x.shape, num_functions)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
-        x, factors, *ends = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, factors, low, width = ctx.saved_tensors
         to_x = to_factors = None
         if ctx.needs_input_grad[0]:
-            slopes = _evaluate(x, factors, *ends, ctx.num_cells, ctx.degree, ctx.derivative + 1)
+            slopes = _evaluate(x, factors, low, width, ctx.num_cells, ctx.degree, ctx.derivative + 1)
             to_x = (gradient * slopes).sum(-1)
         if ctx.needs_input_grad[1]:
-            to_factors = _accumulate(x, gradient, *ends, ctx.num_cells, ctx.degree, ctx.derivative)
+            to_factors = _accumulate(x, gradient, low, width, ctx.num_cells, ctx.degree, ctx.derivative)
         return to_x, to_factors, None, None, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, x, factors, low, width, *orders):  # noqa: ANN001, ANN002, ANN205
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, factors: Tensor, low: Tensor, width: Tensor, *orders: int
+    ) -> tuple[Tensor, int]:
         x_dim, factors_dim = in_dims[:2]
         if factors_dim is None:  # more points
             x = x.movedim(x_dim, 1)
@@ -200,18 +222,20 @@ class _Accumulate(_Linear):
         return basis.mT @ gradient
 
     @staticmethod
-    def backward(ctx, to_sums: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
-        x, gradient, *ends = ctx.saved_tensors
+    def backward(ctx: Any, to_sums: Tensor) -> tuple[Tensor | None, ...]:
+        x, gradient, low, width = ctx.saved_tensors
         to_x = to_gradient = None
         if ctx.needs_input_grad[0]:
-            slopes = _evaluate(x, to_sums, *ends, ctx.num_cells, ctx.degree, ctx.derivative + 1)
+            slopes = _evaluate(x, to_sums, low, width, ctx.num_cells, ctx.degree, ctx.derivative + 1)
             to_x = (gradient * slopes).sum(-1)
         if ctx.needs_input_grad[1]:
-            to_gradient = _evaluate(x, to_sums, *ends, ctx.num_cells, ctx.degree, ctx.derivative)
+            to_gradient = _evaluate(x, to_sums, low, width, ctx.num_cells, ctx.degree, ctx.derivative)
         return to_x, to_gradient, None, None, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, x, gradient, low, width, *orders):  # noqa: ANN001, ANN002, ANN205
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, gradient: Tensor, low: Tensor, width: Tensor, *orders: int
+    ) -> tuple[Tensor, int]:
         x_dim, gradient_dim = in_dims[:2]
         if x_dim is None:  # more functions
             gradient = gradient.movedim(gradient_dim, 2)
@@ -231,7 +255,7 @@ class _WithTangents(_Linear):
     """What forward mode asks for beside ``jvp``, and ``torch.compile`` does not take."""
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _Linear.setup_context(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:4])
 
@@ -240,27 +264,27 @@ class _EvaluateWithTangents(_WithTangents, _Evaluate):
     """:func:`_evaluate` with forward-mode derivatives."""
 
     @staticmethod
-    def jvp(ctx, of_x: Tensor | None, of_factors: Tensor | None, *_: None) -> Tensor:  # noqa: ANN001
-        x, factors, *ends = ctx.saved_tensors
-        tangent = 0.0
+    def jvp(ctx: Any, of_x: Tensor | None, of_factors: Tensor | None, *_: None) -> Tensor:
+        x, factors, low, width = ctx.saved_tensors
+        tangents = []
         if of_x is not None:
-            slopes = _evaluate(x, factors, *ends, ctx.num_cells, ctx.degree, ctx.derivative + 1)
-            tangent = of_x.unsqueeze(-1) * slopes
+            slopes = _evaluate(x, factors, low, width, ctx.num_cells, ctx.degree, ctx.derivative + 1)
+            tangents.append(of_x.unsqueeze(-1) * slopes)
         if of_factors is not None:
-            tangent = tangent + _evaluate(x, of_factors, *ends, ctx.num_cells, ctx.degree, ctx.derivative)
-        return tangent
+            tangents.append(_evaluate(x, of_factors, low, width, ctx.num_cells, ctx.degree, ctx.derivative))
+        return reduce(torch.add, tangents)
 
 
 class _AccumulateWithTangents(_WithTangents, _Accumulate):
     """:func:`_accumulate` with forward-mode derivatives."""
 
     @staticmethod
-    def jvp(ctx, of_x: Tensor | None, of_gradient: Tensor | None, *_: None) -> Tensor:  # noqa: ANN001
-        x, gradient, *ends = ctx.saved_tensors
-        tangent = 0.0
+    def jvp(ctx: Any, of_x: Tensor | None, of_gradient: Tensor | None, *_: None) -> Tensor:
+        x, gradient, low, width = ctx.saved_tensors
+        tangents = []
         if of_x is not None:
             weighted = of_x.unsqueeze(-1) * gradient
-            tangent = _accumulate(x, weighted, *ends, ctx.num_cells, ctx.degree, ctx.derivative + 1)
+            tangents.append(_accumulate(x, weighted, low, width, ctx.num_cells, ctx.degree, ctx.derivative + 1))
         if of_gradient is not None:
-            tangent = tangent + _accumulate(x, of_gradient, *ends, ctx.num_cells, ctx.degree, ctx.derivative)
-        return tangent
+            tangents.append(_accumulate(x, of_gradient, low, width, ctx.num_cells, ctx.degree, ctx.derivative))
+        return reduce(torch.add, tangents)

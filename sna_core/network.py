@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from sna_core.bspline import UniformBSpline
 from sna_core.local_sum import check_points, local_sum
 
 BLOCK_NUMEL = 2**20  # values of functions of one input at one time on a CPU, which its cache holds
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": torch.exp,
     "gelu": F.gelu,
     "relu": F.relu,
@@ -59,6 +60,8 @@ class CPNetwork(nn.Module):
         ValueError: If a count is below 1, an interval is empty, the activation is unknown, or unit weights would make
             all outputs equal.
     """
+
+    weights: nn.Parameter | None
 
     def __init__(
         self,
@@ -114,7 +117,7 @@ class CPNetwork(nn.Module):
         Raises:
             ValueError: If a point is NaN or outside its interval, or x has another width or dtype than the network.
         """
-        check_points(x, self.splines, self.factors.dtype, inside=check)
+        x = check_points(x, self.splines, self.factors.dtype, inside=check)
         return by_blocks(self._evaluate, x, self._num_subatoms)
 
     @property
@@ -145,7 +148,7 @@ class CPNetwork(nn.Module):
         right. Raises as :meth:`forward`, and a ``ValueError`` where there is an activation.
         """
         self.check_derivable()
-        check_points(x, self.splines, self.factors.dtype, inside=check)
+        x = check_points(x, self.splines, self.factors.dtype, inside=check)
         both = by_blocks(self._value_and_gradient, x, 4 * self._num_subatoms)
         return both[..., 0], both[..., 1:]
 
@@ -161,7 +164,7 @@ class CPNetwork(nn.Module):
         Raises as :meth:`value_and_gradient`.
         """
         self.check_derivable()
-        check_points(x, self.splines, self.factors.dtype, inside=check)
+        x = check_points(x, self.splines, self.factors.dtype, inside=check)
         return by_blocks(self._hessian, x, 4 * self.num_inputs * self._num_subatoms)
 
     def check_derivable(self) -> None:
@@ -192,9 +195,9 @@ class CPNetwork(nn.Module):
 
     def reference_forward(self, x: Tensor) -> Tensor:
         """The formula as written, with the whole basis of each input: the oracle of :meth:`forward`."""
-        product = 1.0
-        for i, spline in enumerate(self.splines):
-            product = product * torch.einsum("...b,bor->...or", spline.dense(x[..., i]), self.factors[i])
+        bases = [spline.dense(x[..., i]) for i, spline in enumerate(self.splines)]
+        pairs = zip(bases, self.factors, strict=True)
+        product = reduce(torch.mul, [torch.einsum("...b,bor->...or", *pair) for pair in pairs])
         total = (product if self.weights is None else product * self.weights).sum(-1)
         return total if self.activation is None else self.activation(total)
 
@@ -215,10 +218,10 @@ def pairwise_product(factors: Tensor) -> Tensor:
     Each gradient is the product of the other factors, so it is exact where factors are zero or negative, and rounding
     grows with the depth log2(n).
     """
-    left_over = []
+    left_over: list[Tensor] = []
     while (n := factors.shape[0]) > 1:
         left, right, odd = factors.split([n // 2, n // 2, n % 2])  # slices would each fill a gradient with zeros
-        left_over += odd.unbind()
+        left_over += odd.unbind() if n % 2 else ()  # a graph is not exported with an operation of no output
         factors = left * right
     return reduce(torch.mul, left_over, factors.squeeze(0))
 
@@ -227,9 +230,15 @@ def products_of_others(factors: Tensor, dim: int = 0) -> Tensor:
     """For each entry along ``dim`` the product of all others, exact where some are zero: the shape of ``factors``."""
     one = torch.ones_like(factors.narrow(dim, 0, 1))
     n = factors.shape[dim] - 1
-    before = torch.cat([one, factors.narrow(dim, 0, n).cumprod(dim)], dim)
-    behind = torch.cat([one, factors.narrow(dim, 1, n).flip(dim).cumprod(dim)], dim).flip(dim)
+    before = torch.cat([one, _cumprod(factors.narrow(dim, 0, n), dim)], dim)
+    behind = torch.cat([one, _cumprod(factors.narrow(dim, 1, n).flip(dim), dim)], dim).flip(dim)
     return before * behind
+
+
+def _cumprod(factors: Tensor, dim: int) -> Tensor:
+    if torch.compiler.is_exporting() and factors.shape[dim]:  # ONNX has no such operation
+        return torch.stack(list(accumulate(factors.unbind(dim), torch.mul)), dim)
+    return factors.cumprod(dim)
 
 
 def by_blocks(function: Callable[[Tensor], Tensor], x: Tensor, numel: int) -> Tensor:
@@ -255,7 +264,7 @@ def activation_function(activation: str | Callable[[Tensor], Tensor] | None) -> 
     return ACTIVATIONS[activation]
 
 
-def check_counts(**counts: int) -> None:
+def check_counts(**counts: object) -> None:
     """Raises a ``ValueError`` for the first that is no integer of at least 1."""
     for name, count in counts.items():
         if not isinstance(count, int) or count < 1:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
+import torch
 from torch import Tensor
 
 from sna_core.discretisation import Space
@@ -30,7 +32,7 @@ class _Along:
 
     def __call__(self, x: Tensor) -> Tensor:
         orders = enumerate(self.operator.coefficients(x))
-        return sum(c * (self.space.basis.dense(x, n) @ self.coefficients) for n, c in orders)
+        return reduce(torch.add, [c * (self.space.basis.dense(x, n) @ self.coefficients) for n, c in orders])
 
 
 def linearised(
@@ -48,7 +50,7 @@ def linearised(
     for product in problem.nonlinear:
         for p in problem.separated([product.left]):
             for q in problem.separated([product.right]):
-                scale = p.coefficient * q.coefficient
+                scale = p.number * q.number
                 rough_p, rough_q, about_p, about_q = (
                     _applied(term, spaces, at) for at in (rough, about) for term in (p, q)
                 )

@@ -72,11 +72,11 @@ class Operator:
         """
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            found = [torch.ones_like(x)]
+            zero, found = torch.zeros_like(x), [torch.ones_like(x)]
             for n, factor in reversed(list(enumerate(self.factors))):
                 if isinstance(factor, int):
                     for _ in range(factor):
-                        found = [a + b for a, b in zip([*map(_slope(x), found), 0.0], [0.0, *found], strict=True)]
+                        found = [a + b for a, b in zip([*map(_slope(x), found), zero], [zero, *found], strict=True)]
                 else:
                     differentiated = any(isinstance(left, int) for left in self.factors[:n])
                     values = _values_of(factor, x if differentiated else x.detach())
@@ -149,6 +149,12 @@ class Term:
         """Of the axes that it acts on."""
         return set(self.operators) | (set(_argument_names(self.coefficient)) if callable(self.coefficient) else set())
 
+    @property
+    def number(self) -> float:
+        """The coefficient, where it is no function."""
+        assert not callable(self.coefficient), "functions are taken apart first"
+        return self.coefficient
+
     def describe(self, unknown: str = "") -> str:
         """As text."""
         scale = f"c({', '.join(_argument_names(self.coefficient))})" if callable(self.coefficient) else ""
@@ -198,7 +204,7 @@ class Problem:
     nonlinear: Sequence[Product] = ()
     compression: float = 1e-8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not all(isinstance(axis, Axis) for axis in self.axes):
             raise ValueError(f"axes = {self.axes!r}; expected a list of Axis.")
         names = self.names
@@ -324,7 +330,7 @@ class Problem:
 
     def _check_order(self, axis: Axis) -> None:
         order, conditions = self.order(axis), self.conditions(axis)
-        if axis.kind == "bspline" and any(n > axis.degree for _, n in conditions):
+        if axis.degree is not None and any(n > axis.degree for _, n in conditions):
             raise ValueError(f"axis {axis.name!r} has degree {axis.degree}, too low for a condition on a derivative.")
         if axis.ends == ("periodic", "periodic") or len(conditions) == order:
             return

@@ -33,7 +33,7 @@ class GaussianPrior:
     mean: Tensor
     precision: Tensor
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         mean, precision = (torch.as_tensor(v, dtype=torch.float64) for v in (self.mean, self.precision))
         if mean.ndim != 1 or precision.shape != (len(mean), len(mean)):
             raise ValueError(
@@ -52,7 +52,7 @@ class GaussianPrior:
         std = torch.as_tensor(std, dtype=torch.float64)
         if not (std > 0).all():
             raise ValueError(f"std = {std.tolist()}; expected numbers above 0.")
-        return cls(mean, std.square().reciprocal().diag())
+        return cls(torch.as_tensor(mean, dtype=torch.float64), std.square().reciprocal().diag())
 
     def distance(self, x: Tensor) -> Tensor:
         """Mahalanobis distance from the mean: (..., num_inputs) -> (...)."""

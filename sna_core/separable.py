@@ -109,6 +109,8 @@ class CPAtoms(SubsetAtoms):
     Parameter: ``factors`` (n, p, b, o, r). For a single input and rank 1 this is any function of it.
     """
 
+    factors: nn.Parameter
+
     def reset_parameters(self) -> None:
         """Draws the factors as :class:`~sna_core.network.CPNetwork` does with unit weights."""
         self._draw(self.factors, 1 / self.size)
@@ -134,6 +136,8 @@ class TuckerAtoms(SubsetAtoms):
     """
 
     min_size = 2
+    factors: nn.Parameter
+    core: nn.Parameter
 
     def _shapes(self, num_subsets: int, num_basis: int) -> dict[str, tuple[int, ...]]:
         if self.rank**self.size > MAX_CORE_NUMEL:
@@ -175,6 +179,8 @@ class TensorTrainAtoms(SubsetAtoms):
     """
 
     min_size = 3
+    ends: nn.Parameter
+    matrices: nn.Parameter
 
     def _shapes(self, num_subsets: int, num_basis: int) -> dict[str, tuple[int, ...]]:
         outer, inner = (num_basis, self.num_outputs, self.rank), (num_basis, self.num_outputs, self.rank, self.rank)
@@ -216,9 +222,9 @@ def univariate_sums(x: Tensor, index: Sequence[int], factors: Tensor, bases: Seq
     Returns:
         (q, points, ...).
     """
-    chosen = [bases[i] for i in index]
-    if all(isinstance(basis, UniformBSpline) and basis.degree == chosen[0].degree for basis in chosen):
-        return local_sum(x[:, index], factors, chosen, check=False)
+    splines = [basis for basis in (bases[i] for i in index) if isinstance(basis, UniformBSpline)]
+    if len(splines) == len(index) and len({spline.degree for spline in splines}) == 1:
+        return local_sum(x[:, index], factors, splines, check=False)
     dense = {i: bases[i].dense(x[:, i], check=False) for i in set(index)}
     sums = torch.bmm(torch.stack([dense[i] for i in index]), factors.flatten(2))
     return sums.unflatten(-1, factors.shape[2:])
@@ -264,6 +270,8 @@ class SeparableNetwork(nn.Module):
     ```
     """
 
+    coefficients: Tensor
+
     def __init__(
         self,
         interaction: InteractionObject,
@@ -291,15 +299,15 @@ class SeparableNetwork(nn.Module):
         self.activation = activation_function(activation)
         self.learned_bases = nn.ModuleList(basis for basis in self.bases if isinstance(basis, nn.Module))
 
-        options = {"device": device, "dtype": dtype}
         std = sum(c**2 for _, c in interaction.coefficients) ** -0.5
         self.atoms = nn.ModuleList()
         for size, subsets in groupby(interaction.subsets, len):
             wanted = DECOMPOSITIONS[decomposition]
             kind = wanted if size >= wanted.min_size else CPAtoms
             # A sum of functions of one input is one.
-            self.atoms.append(kind(list(subsets), bases, num_outputs, rank if size > 1 else 1, std, **options))
-        coefficients = torch.empty(num_outputs, len(interaction.subsets), **options)
+            own_rank = rank if size > 1 else 1
+            self.atoms.append(kind(list(subsets), bases, num_outputs, own_rank, std, device=device, dtype=dtype))
+        coefficients = torch.empty(num_outputs, len(interaction.subsets), device=device, dtype=dtype)
         if learn_coefficients:
             self.coefficients = nn.Parameter(coefficients)
         else:
@@ -332,7 +340,7 @@ class SeparableNetwork(nn.Module):
         Raises:
             ValueError: If a point is NaN or outside its interval, or x has another width or dtype than the network.
         """
-        check_points(x, self.bases, self.coefficients.dtype, inside=check)
+        x = check_points(x, self.bases, self.coefficients.dtype, inside=check)
         # About the values that a point needs at one time: a function of one input has num_basis coefficients.
         numel = sum(p.numel() for p in self.atoms.parameters()) // self.bases[0].num_basis
         return by_blocks(self._evaluate, x, numel)
@@ -346,12 +354,13 @@ class SeparableNetwork(nn.Module):
     def reference_forward(self, x: Tensor) -> Tensor:
         """The formula as written, subset by subset: the oracle of :meth:`forward`."""
         points = x.reshape(-1, self.num_inputs)
-        total, number = 0.0, 0
+        phi = []
         for atoms in self.atoms:
+            assert isinstance(atoms, SubsetAtoms)
             for n, subset in enumerate(atoms.subsets):
-                phi = atoms.reference(n, [self.bases[i].dense(points[:, i]) for i in subset])
-                total, number = total + self.coefficients[:, number] * phi, number + 1
-        total = total.view(*x.shape[:-1], self.num_outputs)
+                phi.append(atoms.reference(n, [self.bases[i].dense(points[:, i]) for i in subset]))
+        terms = [c * values for c, values in zip(self.coefficients.unbind(1), phi, strict=True)]
+        total = reduce(torch.add, terms).view(*x.shape[:-1], self.num_outputs)
         return total if self.activation is None else self.activation(total)
 
     @classmethod

@@ -296,10 +296,10 @@ class _Run:
 
     def trained(self, solved: _Solved) -> _Kept:
         """The train itself."""
-        found = solved.found
+        found, equation = solved.found, solved.equation
         return _Kept(
             residual=found.residual[-1],
-            equation_residual=solved.equation and solved.equation.of_train(found.train.cores, found.order),
+            equation_residual=None if equation is None else equation.of_train(found.train.cores, found.order),
             stopped_by=found.stopped_by,
             history=found.residual,
             train=found.train,
@@ -309,7 +309,7 @@ class _Run:
 
     def fitted(self, solved: _Solved, rank: int, compress: bool) -> _Kept:
         """The sum of products nearest to the train, whose frames are cut to its accuracy if they are to be kept."""
-        found = solved.found
+        found, equation = solved.found, solved.equation
         frames, factors, distance = self._components(found, rank, found.cut)
         if compress:
             frames, factors, distance = self._compressed(found, frames, factors, distance)
@@ -318,7 +318,7 @@ class _Run:
         limit = max(self.tolerance, SHORT * found.residual[-1])
         return _Kept(
             residual=residual,
-            equation_residual=solved.equation and self._residual_of(solved.equation, solved, whole),
+            equation_residual=None if equation is None else self._residual_of(equation, solved, whole),
             stopped_by=found.stopped_by if residual <= limit else "rank",
             history=found.residual,
             frames=frames,
@@ -395,7 +395,7 @@ def _joined_frames(frame: Tensor, factor: Tensor, lift: Tensor) -> tuple[Tensor,
 def _assembled(discretisation: Discretisation, method: str) -> tuple[QuadraticForm, Residual, Residual | None]:
     """The form, what its solution leaves of the equations that are solved, and of the differential equation."""
     axes, problem = discretisation.problem.axes, discretisation.problem
-    carried = all(axis.kind != "bspline" or problem.order(axis) <= axis.degree for axis in axes)
+    carried = all(axis.degree is None or problem.order(axis) <= axis.degree for axis in axes)
     if method in ("auto", "galerkin"):
         try:
             form = galerkin(discretisation)

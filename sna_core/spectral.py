@@ -7,6 +7,7 @@ Chebyshev and Legendre polynomials, trigonometric functions and the hidden units
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import factorial, isfinite, pi, prod
 
@@ -23,13 +24,12 @@ def _check_basis(num_basis: int, low: float, high: float) -> None:
         raise ValueError(f"[low, high] = [{low}, {high}]; expected finite ends with low < high.")
 
 
-def _check_call(x: Tensor, low: float, high: float, derivative: int, check: bool) -> None:
+def _check_call(x: Tensor, low: float, high: float, derivative: int, check: bool) -> Tensor:
     if not isinstance(derivative, int) or derivative < 0:
         raise ValueError(f"derivative = {derivative!r}; expected an integer of at least 0.")
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}; expected floating-point values, e.g. x.to(torch.float64).")
-    if check:
-        check_inside(x, low, high)
+    return check_inside(x, low, high) if check else x
 
 
 def _gegenbauer(t: Tensor, order: float, num_functions: int) -> list[Tensor]:
@@ -50,7 +50,7 @@ class _SpectralBasis:
     low: float = 0.0
     high: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_basis(self.num_basis, self.low, self.high)
 
     def dense(self, x: Tensor, derivative: int = 0, *, check: bool = True) -> Tensor:
@@ -66,7 +66,7 @@ class _SpectralBasis:
         Raises:
             ValueError: If a point is NaN or outside the interval, x is not floating-point or the order is negative.
         """
-        _check_call(x, self.low, self.high, derivative, check)
+        x = _check_call(x, self.low, self.high, derivative, check)
         width = self.high - self.low
         values = self._values((2 * (x - self.low) - width) / width, derivative)
         return torch.stack(values, -1) * (2 / width) ** derivative
@@ -130,7 +130,7 @@ class FourierBasis(_SpectralBasis):
         ValueError: If ``num_basis`` is not a positive odd number, or the interval is empty or not finite.
     """
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_basis % 2 == 0:
             raise ValueError(f"num_basis = {self.num_basis}; expected an odd number, a constant and pairs.")
@@ -190,7 +190,7 @@ class MLPAtoms(nn.Module):
 
     def dense(self, x: Tensor, derivative: int = 0, *, check: bool = True) -> Tensor:
         """All functions or their derivatives of one order: (...) -> (..., num_basis). Errors as of the other bases."""
-        _check_call(x, self.low, self.high, derivative, check)
+        x = _check_call(x, self.low, self.high, derivative, check)
         width = self.high - self.low
         t = ((2 * (x - self.low) - width) / width).unsqueeze(-1)  # (..., 1)
         y = (t * self.weight + self.bias).tanh()
@@ -215,7 +215,7 @@ def _tanh_derivative(order: int) -> list[int]:
 
 
 Basis = UniformBSpline | ChebyshevBasis | LegendreBasis | FourierBasis | MLPAtoms
-BASES: dict[str, type[Basis]] = {
+BASES: dict[str, Callable[..., Basis]] = {
     "bspline": UniformBSpline,
     "chebyshev": ChebyshevBasis,
     "legendre": LegendreBasis,

@@ -15,6 +15,8 @@ each sample, one batched product sums them for all axes and networks, and anothe
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,15 +85,15 @@ def squashed_product_reference(
     latents = len(factors) // num_networks
     products = []
     for network in range(num_networks):
-        product = 1.0
+        functions = []
         for axis in range(network * latents, (network + 1) * latents):
             inputs = x if x.ndim == 2 else x[network]
-            h = x[axis] if weight is None else weight[axis] @ inputs + bias[axis]
+            h = x[axis] if weight is None or bias is None else weight[axis] @ inputs + bias[axis]
             z = torch.sigmoid(h)
             if scale is not None:
                 z = 0.5 + scale[axis] * (z - 0.5)
-            product = product * (spline.dense(z, check=False) @ factors[axis])  # (samples, rank)
-        products.append(product.mT)
+            functions.append(spline.dense(z, check=False) @ factors[axis])  # (samples, rank)
+        products.append(reduce(torch.mul, functions).mT)
     return torch.stack(products)
 
 
@@ -109,7 +111,7 @@ def _evaluate(
     num_cells: int,
 ) -> tuple[Tensor, ...]:
     """The product, and what its gradient needs."""
-    z = torch.sigmoid(x if weight is None else _dense(x, weight, bias))
+    z = torch.sigmoid(x if weight is None or bias is None else _dense(x, weight, bias))
     position = z * num_cells if scale is None else (z - 0.5) * (num_cells * scale) + 0.5 * num_cells
     position = position.unsqueeze(1)
     cell = position.long().clamp_(0, num_cells - 1)  # also of NaN
@@ -127,7 +129,7 @@ def _evaluate(
 class _SquashedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,  # noqa: ANN001
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -142,7 +144,7 @@ class _SquashedProduct(torch.autograd.Function):
         return results[0]
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple:  # noqa: ANN001
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: a second derivative would miss these operations
             raise RuntimeError("squashed_product(fused=True) is differentiated once; give fused=False.")
         product, z, u, index, basis, psi, x, weight, factors, scale = ctx.saved_tensors

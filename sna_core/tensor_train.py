@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sna_core.forms import QuadraticForm, conjugate_gradients
+from sna_core.forms import Components, QuadraticForm, conjugate_gradients
 
 NUM_RANDOM = 2  # functions that a core gets on the way there
 
@@ -114,7 +114,8 @@ class Train:
         What is left out is within the tolerance, a fraction of the norm (the higher-order singular value decomposition:
         L. De Lathauwer, B. De Moor and J. Vandewalle, SIAM J. Matrix Anal. Appl. 21 (2000)).
         """
-        cores, frames = list(self.orthogonal().cores), []
+        cores = list(self.orthogonal().cores)
+        frames: list[Tensor] = []
         for k in range(len(cores) - 1, -1, -1):
             following = cores[k].shape[2]
             frame, _, _ = _cut(cores[k].transpose(0, 1).flatten(1), tolerance / len(cores) ** 0.5)
@@ -183,7 +184,7 @@ class TrainSolver:
         generator: Of these functions.
     """
 
-    def __init__(self, form: QuadraticForm, start: Train, generator: torch.Generator | None = None):
+    def __init__(self, form: QuadraticForm[Components], start: Train, generator: torch.Generator | None = None):
         self.form, self.generator = form, generator or torch.Generator().manual_seed(0)
         end = _Side(
             torch.ones(1, 1, 1, dtype=torch.float64),
@@ -271,7 +272,7 @@ class TrainSolver:
 class _Pair:
     """The form in the product of two cores (r, m, n, s)."""
 
-    def __init__(self, form: QuadraticForm, k: int, left: _Side, right: _Side):
+    def __init__(self, form: QuadraticForm[Components], k: int, left: _Side, right: _Side):
         self.data = torch.einsum(
             "rq,aq,bq,sq->rabs", left.data, form.right.factors[k], form.right.factors[k + 1], right.data
         )

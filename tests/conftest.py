@@ -22,11 +22,15 @@ settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(config, items):
+    def has(module):
+        return importlib.util.find_spec(module) is not None
+
     for marker, missing, present in (
         ("gpu", "no CUDA device", torch.cuda.is_available()),
+        ("clients", "no peft, trl or onnxruntime", all(map(has, ("peft", "trl", "onnxruntime")))),
         ("browser", "no Chromium", shutil.which("chromium") is not None),
-        ("muspectre", "no muSpectre", importlib.util.find_spec("muSpectre") is not None),
-        ("torchtt", "no torchTT", importlib.util.find_spec("torchtt") is not None),
+        ("muspectre", "no muSpectre", has("muSpectre")),
+        ("torchtt", "no torchTT", has("torchtt")),
     ):
         kept = [item for item in items if present or item.get_closest_marker(marker) is None]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])

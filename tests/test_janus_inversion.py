@@ -386,6 +386,7 @@ def test_a_class_is_inverted_to_grey_images_of_it(classifier):
         ({"class": 2}, "whole numbers from 0 to 1"),
         ({"class": 0.5}, "whole numbers from 0 to 1"),
         ({"label": "tap"}, "did you mean 'top'"),
+        ({"label": 1.0}, "no label 1.0"),
         ({"top": 1.0}, "a class's number or label alone"),
     ],
 )

@@ -26,10 +26,15 @@ def test_names(wheel):
     assert wheel.name.startswith("leviathan_sna-")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"leviathan", "sna_core"}
-    assert all(name.endswith(".py") for name in names if ".dist-info" not in name)
+    assert all(name.endswith((".py", "/py.typed")) for name in names if ".dist-info" not in name)
+    assert {"leviathan/py.typed", "sna_core/py.typed"} <= set(names)  # annotations are read from both
     assert any(name.endswith("licenses/LICENSE") for name in names)
     here = {str(p.relative_to(ROOT)) for package in ("leviathan", "sna_core") for p in (ROOT / package).rglob("*.py")}
     assert here <= set(names)
+
+
+def test_size(wheel):
+    assert wheel.stat().st_size < 400_000  # sources alone; data or a picture among them would show
 
 
 def test_every_import_is_a_declared_requirement(wheel):

@@ -39,7 +39,7 @@ class WaypointsEnv(gymnasium.Env[NDArray, NDArray]):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / WaypointsOptions().control_step)}
 
-    def __init__(self, render_mode: str | None = None, **options: float):
+    def __init__(self, render_mode: str | None = None, **options: Any):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode = {render_mode!r}; expected None or one of {self.metadata['render_modes']}.")
         names = WaypointsOptions.__dataclass_fields__

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict, dataclass
 from math import isnan, log, pi
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from leviathan.acting import act_components
 from leviathan.span import SpanConfig, SpanModel
-from sna_core.latent import LatentComponents
+from sna_core.latent import LatentBlock, LatentComponents
 from sna_core.squashed_product import is_traced
 
 HALF_LOG_2PI = 0.5 * log(2 * pi)
@@ -71,8 +71,18 @@ class _Span:
         return self.config(num_inputs).build_components(num_networks)
 
 
-class _SpanPolicy:
+if TYPE_CHECKING:
+    from stable_baselines3.common.policies import BasePolicy as _MixedWith
+else:
+    _MixedWith = object
+
+
+class _SpanPolicy(_MixedWith):
     """What the policies share: their arguments, the choice of SB3's extractor, and a look at observations."""
+
+    def _actor(self) -> tuple[LatentComponents, nn.Linear]:
+        """The actor's components and its read-out."""
+        raise NotImplementedError
 
     def __init__(
         self,
@@ -124,8 +134,10 @@ class _SpanPolicy:
         continuous ones, for SAC, TD3 and DDPG before the hyperbolic tangent.
         """
         components, readout = self._actor()
-        num_networks = components.blocks[0].num_networks
-        model = SpanModel(self.span.config(components.blocks[0].weight.shape[1], readout.out_features))
+        first = components.blocks[0]
+        assert isinstance(first, LatentBlock)
+        num_networks = first.num_networks
+        model = SpanModel(self.span.config(first.weight.shape[1], readout.out_features))
         for name, parameter in model.components.named_parameters():
             rows = components.get_parameter(name)
             parameter.copy_(rows[: len(rows) // num_networks])  # the actor is the first
@@ -146,6 +158,7 @@ class _SpanPolicy:
         if is_traced():
             return
         if isinstance(observation, dict):
+            assert isinstance(self.observation_space, spaces.Dict)
             for key, values in observation.items():
                 self._look_at_part(values, self.observation_space[key], f"observation[{key!r}]")
         else:
@@ -184,7 +197,7 @@ class _SpanPolicy:
 
 def _checked(outputs: Tensor) -> Tensor:
     """What a network has given; raises a ``ValueError`` if it is NaN, as SB3's distributions do."""
-    if isnan(outputs.sum().item()):
+    if not torch.compiler.is_exporting() and isnan(outputs.sum().item()):  # a graph cannot raise
         raise ValueError("The policy's output is NaN: its parameters have diverged; lower the learning rate.")
     return outputs
 
@@ -238,6 +251,9 @@ class SpanActorCriticPolicy(_SpanPolicy, ActorCriticPolicy):
         ValueError: If a size is below 1, or ``net_arch`` is given.
     """
 
+    mlp_extractor: SpanExtractor  # type: ignore[assignment]  # in the place of SB3's
+    action_net: nn.Linear
+
     def _actor(self) -> tuple[LatentComponents, nn.Linear]:
         return self.mlp_extractor.components, self.action_net
 
@@ -247,7 +263,7 @@ class SpanActorCriticPolicy(_SpanPolicy, ActorCriticPolicy):
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """As SB3's, after the look at observations that predict takes."""
         self._look_at(obs)
-        return super().forward(obs, deterministic)
+        return super().forward(obs, deterministic)  # type: ignore[arg-type]  # which takes dicts as well
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         """As SB3's, after the same look: the last observation of a rollout comes here alone."""
@@ -274,6 +290,8 @@ class SpanContinuousCritic(BaseModel):
     Actions that require a gradient are an actor's that learns: the critics' parameters then get none. A loss of the
     critics on such actions takes them detached.
     """
+
+    features_extractor: BaseFeaturesExtractor
 
     def __init__(
         self,
@@ -330,8 +348,11 @@ class _Components(nn.Module):
 class SpanSACActor(SACActor):
     """SB3's actor of SAC with a SPAN for a body; mean and spread weight the same components."""
 
-    def __init__(self, *arguments: Any, span: _Span, **keywords: Any):
-        super().__init__(*arguments, net_arch=[span.rank], **keywords)
+    latent_pi: _Components  # type: ignore[assignment]  # in the place of SB3's layers
+    log_std: nn.Module  # type: ignore[assignment]  # a parameter for gSDE alone
+
+    def __init__(self, *, span: _Span, **keywords: Any):
+        super().__init__(net_arch=[span.rank], **keywords)
         self.span = span
         self.latent_pi = _Components(span.components(self.features_dim))
 
@@ -368,8 +389,8 @@ class SpanSACActor(SACActor):
 class SpanTD3Actor(TD3Actor):
     """SB3's deterministic actor of TD3 and DDPG as a SPAN."""
 
-    def __init__(self, *arguments: Any, span: _Span, **keywords: Any):
-        super().__init__(*arguments, net_arch=[span.rank], **keywords)
+    def __init__(self, *, span: _Span, **keywords: Any):
+        super().__init__(net_arch=[span.rank], **keywords)
         self.span = span
         *_, readout, squash = self.mu
         self.mu = nn.Sequential(_Components(span.components(self.features_dim)), readout, squash)
@@ -386,21 +407,23 @@ class _SpanOffPolicy(_SpanPolicy):
     """Actors and critics of policies that learn from a replay buffer."""
 
     actor_class: type[nn.Module]
+    actor_kwargs: dict[str, Any]
+    critic_kwargs: dict[str, Any]
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
-        return _checked(super()._predict(observation, deterministic))
+        return _checked(super()._predict(observation, deterministic))  # type: ignore[safe-super]  # of what it mixes with
 
-    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> nn.Module:
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Any:
         """An actor, on the policy's device."""
         return self._make(self.actor_class, self.actor_kwargs, features_extractor)
 
-    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> SpanContinuousCritic:
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Any:
         """All critics, on the policy's device."""
         return self._make(SpanContinuousCritic, self.critic_kwargs, features_extractor)
 
     def _make(
         self, kind: type[nn.Module], keywords: dict[str, Any], features_extractor: BaseFeaturesExtractor | None
-    ) -> nn.Module:
+    ) -> Any:
         keywords = self._update_features_extractor(keywords, features_extractor)
         for name in NET_ARGUMENTS:
             keywords.pop(name)
@@ -414,10 +437,13 @@ class SpanSACPolicy(_SpanOffPolicy, SACPolicy):
     """
 
     actor_class = SpanSACActor
+    actor: SpanSACActor
 
     def _actor(self) -> tuple[LatentComponents, nn.Linear]:
         mean = self.actor.mu
-        return self.actor.latent_pi.components, mean[0] if isinstance(mean, nn.Sequential) else mean  # gSDE clips it
+        readout = mean[0] if isinstance(mean, nn.Sequential) else mean  # gSDE clips it
+        assert isinstance(readout, nn.Linear)
+        return self.actor.latent_pi.components, readout
 
 
 class SpanTD3Policy(_SpanOffPolicy, TD3Policy):
@@ -430,6 +456,8 @@ class SpanTD3Policy(_SpanOffPolicy, TD3Policy):
 
     def _actor(self) -> tuple[LatentComponents, nn.Linear]:
         body, readout, _ = self.actor.mu
+        assert isinstance(body, _Components)
+        assert isinstance(readout, nn.Linear)
         return body.components, readout
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -120,8 +120,8 @@ class KhronosRegressor(RegressorMixin, BaseEstimator):
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         shape = (len(X), *self._output_shape)
-        prediction = self.model_.predict(X).reshape(shape)
-        return (prediction, self.model_.predict_std(X).reshape(shape)) if return_std else prediction
+        prediction = np.asarray(self.model_.predict(X)).reshape(shape)
+        return (prediction, np.asarray(self.model_.predict_std(X)).reshape(shape)) if return_std else prediction
 
 
 class KhronosClassifier(ClassifierMixin, BaseEstimator):
@@ -219,10 +219,10 @@ class KhronosClassifier(ClassifierMixin, BaseEstimator):
                 features differs.
         """
         check_is_fitted(self)
-        return self.model_.predict_proba(validate_data(self, X, dtype=np.float64, reset=False))
+        return np.asarray(self.model_.predict_proba(validate_data(self, X, dtype=np.float64, reset=False)))
 
 
-def _whole(estimator: BaseEstimator, *names: str) -> dict[str, int]:
+def _whole(estimator: BaseEstimator, *names: str) -> dict[str, Any]:
     """The estimator's settings of these names, of which searches may make numpy's integers, as Python's."""
     settings = {}
     for name in names:

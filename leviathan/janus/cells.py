@@ -6,6 +6,7 @@ of the orthant with index 0 lie on the boundary of the cell, those with index m 
 leading dimension of cells.
 """
 
+from functools import reduce
 from itertools import permutations
 from typing import Literal, get_args
 
@@ -44,7 +45,7 @@ def symmetrise(values: Tensor, symmetry: str) -> Tensor:
     if symmetry != "cubic":
         return values
     orders = list(permutations(range(1, values.ndim)))
-    return sum(values.permute(0, *order) for order in orders) / len(orders)
+    return reduce(torch.add, [values.permute(0, *order) for order in orders]) / len(orders)
 
 
 def boundary_mask(resolution: int, dims: int, symmetry: str) -> Tensor:

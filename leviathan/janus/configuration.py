@@ -1,15 +1,17 @@
 """Configuration of Janus."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from leviathan.completed import Completed
 from leviathan.janus.cells import Symmetry
 from leviathan.janus.homogenization import Isotropic
 from leviathan.janus.homogenization.elements import SCHEMES
 from leviathan.janus.physics import Physics
+from leviathan.sizes import MOST_MODULES, check_extra, check_sizes, check_weights
 from sna_core.network import check_counts
 
 PROPERTIES = {  # of cells in two and in three dimensions
@@ -81,20 +83,20 @@ class SnaJanusConfig(PreTrainedConfig):
     resolution: int = 16
     symmetry: Symmetry = Physics.symmetry
     two_phases: bool = True
-    channels: list[int] | None = None
+    channels: Completed[list[int]] = None
     latent_dim: int = 64
-    property_names: list[str] | None = None
+    property_names: Completed[list[str]] = None
     property_kind: Literal["regression", "classification"] = "regression"
-    property_scale: list[Literal["linear", "log"]] | None = None
-    property_mean: list[float] | None = None
-    property_std: list[float] | None = None
-    property_low: list[float] | None = None
-    property_high: list[float] | None = None
+    property_scale: Completed[list[Literal["linear", "log"]]] = None
+    property_mean: Completed[list[float]] = None
+    property_std: Completed[list[float]] = None
+    property_low: Completed[list[float]] = None
+    property_high: Completed[list[float]] = None
     head: Literal["separable", "mlp"] = "separable"
     head_rank: int = 32
     head_num_cells: int = 8
     head_degree: int = 2
-    head_hidden: list[int] | None = None
+    head_hidden: Completed[list[int]] = None
     reconstruction_weight: float = 1.0
     property_weight: float = 1.0
     cycle_weight: float = 0.1
@@ -110,8 +112,13 @@ class SnaJanusConfig(PreTrainedConfig):
     void_conductivity: float = Physics.void_conductivity
     scheme: str = Physics.scheme
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_extra(self, kwargs)
         self.channels = [16, 32, 64] if self.channels is None else self.channels
+        check_sizes(self, "resolution", "channels", "latent_dim", "head_rank", "head_num_cells", "num_codes")
+        check_sizes(self, "head_hidden", "head_degree")
+        if len(self.channels) > MOST_MODULES:
+            raise ValueError(f"channels has {len(self.channels)} entries; expected at most {MOST_MODULES}.")
         if self.property_names is None:
             self.property_names = list(PROPERTIES.get(self.spatial_dims, ()))
         if self.property_scale is None:
@@ -160,6 +167,13 @@ class SnaJanusConfig(PreTrainedConfig):
         if len(self.head_hidden) != 2:
             raise ValueError(f"head_hidden = {self.head_hidden}; expected the widths of two layers.")
         check_counts(**{f"head_hidden[{i}]": width for i, width in enumerate(self.head_hidden)})
+        latent = {"latent_dim": self.latent_dim}
+        check_weights(**latent, channels=self.channels[-1], voxels=self.coarse_resolution**self.spatial_dims)
+        check_weights(**latent, head_rank=self.head_rank, num_basis=self.head_num_cells + self.head_degree)
+        check_weights(**latent, num_codes=self.num_codes)
+        check_weights(**latent, head_hidden=max(self.head_hidden))
+        check_weights(wider=max(self.channels), narrower=max(self.channels), neighbours=6**self.spatial_dims)
+        check_weights(voxels=self.resolution**self.spatial_dims)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -197,7 +211,8 @@ class SnaJanusConfig(PreTrainedConfig):
         width = max(1, round(math.sqrt(half * half + max(0, target - outputs)) - half))
         nearby = range(max(1, width - 4), width + 5)
         pairs = [(first, second) for first in nearby for second in nearby]
-        return list(min(pairs, key=lambda pair: (abs(count(*pair) - target), abs(pair[0] - pair[1]))))
+        first, second = min(pairs, key=lambda pair: (abs(count(*pair) - target), abs(pair[0] - pair[1])))
+        return [first, second]
 
 
 __all__ = ["SnaJanusConfig"]

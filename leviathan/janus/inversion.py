@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -341,7 +341,8 @@ def _class_goal(model: SnaJanusModel, targets: Mapping[str, Target], weights: Ma
         raise ValueError(f"targets = {dict(targets)}; expected a class's number or label alone, and no weights.")
     given = targets[name]
     if name == "label":
-        for label in (wanted := [given] if isinstance(given, str) else list(given)):
+        wanted: list[Any] = [given] if isinstance(given, str | float | int) else list(given)
+        for label in wanted:
             if label not in labels:
                 raise ValueError(f"there is no label {label!r}; {nearest_name(str(label), labels)}")
         numbers = [labels.index(label) for label in wanted]

@@ -78,19 +78,20 @@ class SnaJanusModel(PreTrainedModel):
     base_model_prefix = "janus"
     main_input_name = "cells"
     _no_split_modules = ["ConvolutionStage", "SeparableHead"]
+    latent_mean: Tensor
+    latent_precision: Tensor
+    codes: Tensor
+    code_count: Tensor
+    boundary: Tensor
+    first_of_orbit: Tensor
 
     def __init__(self, config: SnaJanusConfig):
         super().__init__(config)
-        d = config.latent_dim
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.head = HEADS[config.head](config)
-        self.latent_mean = nn.Buffer(torch.empty(d))
-        self.latent_precision = nn.Buffer(torch.empty(d, d))
-        self.codes = nn.Buffer(torch.empty(config.num_codes, d))
-        self.code_count = nn.Buffer(torch.empty((), dtype=torch.long))
-        self.boundary = nn.Buffer(torch.empty(config.shape, dtype=torch.uint8))
-        self.first_of_orbit = nn.Buffer(torch.empty(config.resolution**config.spatial_dims).long(), persistent=False)
+        for name, value in initial_buffers(config).items():
+            self.register_buffer(name, value, persistent=name != "first_of_orbit")
         self.post_init()
 
     @torch.no_grad()
@@ -101,10 +102,9 @@ class SnaJanusModel(PreTrainedModel):
                 copies = parameter.unflatten(0, (-1, module.num_copies))
                 init.copy_(parameter, copies[:, :1].expand_as(copies).flatten(0, 1))
         elif module is self:
-            for name, value in (("latent_mean", 0), ("codes", 0), ("code_count", 0), ("boundary", FREE)):
-                init.constant_(getattr(self, name), value)
-            init.copy_(self.latent_precision, torch.eye(self.config.latent_dim))
-            init.copy_(self.first_of_orbit, first_of_orbit(self.config))
+            with torch.device("cpu"):  # a model may be built on another device before it has values
+                for name, value in initial_buffers(self.config).items():
+                    init.copy_(getattr(self, name), value)
         else:
             super()._init_weights(module)
 
@@ -355,10 +355,24 @@ class SnaJanusModel(PreTrainedModel):
         return invert(self, targets, **options)
 
 
+def initial_buffers(config: SnaJanusConfig) -> dict[str, Tensor]:
+    """The buffers of a model that knows no cells yet."""
+    d = config.latent_dim
+    return {
+        "latent_mean": torch.zeros(d),
+        "latent_precision": torch.eye(d),
+        "codes": torch.zeros(config.num_codes, d),
+        "code_count": torch.zeros((), dtype=torch.long),
+        "boundary": torch.full(config.shape, FREE, dtype=torch.uint8),
+        "first_of_orbit": first_of_orbit(config),
+    }
+
+
 def first_of_orbit(config: SnaJanusConfig) -> Tensor:
     """For each voxel the first one, in C order, of those that the symmetry exchanges with it: (m^dims,)."""
-    orbit, size = voxel_orbits(config.resolution, config.spatial_dims, config.symmetry)
-    return orbit.argsort(stable=True)[size.cumsum(0) - size][orbit]
+    with torch.device("cpu"):  # how many orbits there are is not known on the meta device
+        orbit, size = voxel_orbits(config.resolution, config.spatial_dims, config.symmetry)
+    return orbit.argsort(stable=True)[size.cumsum(0) - size][orbit].to(torch.empty(0).device)
 
 
 __all__ = ["CycleError", "SnaJanusModel", "SnaJanusOutput"]

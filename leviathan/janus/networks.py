@@ -24,8 +24,9 @@ class ConvolutionStage(nn.Sequential):
     def __init__(self, inputs: int, outputs: int, dims: int, *, doubles: bool, last: bool = False):
         convolution = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
         copies = 2**dims if doubles else 1
-        layers = [convolution(inputs, outputs * copies, 3, stride=1 if doubles else 2, padding=1)]
-        layers[0].num_copies = copies  # transformers hands modules with parameters of their own to _init_weights
+        layers: list[nn.Module] = [convolution(inputs, outputs * copies, 3, stride=1 if doubles else 2, padding=1)]
+        # Transformers hands modules with parameters of their own to _init_weights.
+        layers[0].num_copies = copies  # type: ignore[assignment]  # torch declares no attributes but its own
         if doubles:
             layers.append(ChannelsToVoxels())
         if not last:
@@ -72,7 +73,7 @@ class Decoder(nn.Module):
         self.start = nn.Linear(config.latent_dim, widths[0] * config.coarse_resolution**dims)
         self.stages = nn.Sequential(
             *(ConvolutionStage(a, b, dims, doubles=True) for a, b in pairwise(widths[:-1])),
-            ConvolutionStage(*widths[-2:], dims, doubles=True, last=True),
+            ConvolutionStage(widths[-2], widths[-1], dims, doubles=True, last=True),
         )
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import combinations_with_replacement
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from leviathan.janus.cells import Symmetry
 from leviathan.janus.homogenization import Homogenized, Isotropic, conductivity, elastic_stiffness, permeability
-from leviathan.janus.homogenization.elements import voigt_pairs
+from leviathan.janus.homogenization.elements import Scheme, voigt_pairs
 
 CELLS_AT_ONCE = 64  # without derivatives
 VOIGT = tuple((a + 1, b + 1) for a, b in voigt_pairs(3))
@@ -54,9 +56,9 @@ class Physics:
     contrast: float = 1000.0
     solid_conductivity: float = 1.0
     void_conductivity: float = 1e-3
-    scheme: str = "rotated"
+    scheme: Scheme = "rotated"
     tolerance: float = 1e-4
-    symmetry: str = "cubic"
+    symmetry: Symmetry = "cubic"
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +152,7 @@ def _entry(name: str, dims: int) -> tuple[str, tuple[int, ...]]:
     if known in SCALARS:
         return known, () if known == "volume_fraction" else tuple(range(dims))
     kind, indices = ("stiffness", ELASTIC[known]) if known in ELASTIC else ("conductivity", THERMAL[known])
-    rows = [pair for pair in VOIGT if max(pair) <= dims] if kind == "stiffness" else list(range(1, dims + 1))
+    rows: Sequence[Any] = [pair for pair in VOIGT if max(pair) <= dims] if kind == "stiffness" else range(1, dims + 1)
     if not set(indices) <= set(rows):
         raise ValueError(f"property {name!r} has an axis 3, and the cells are {dims}-D; name one without.")
     return kind, tuple(rows.index(index) for index in indices)

@@ -88,10 +88,11 @@ class KhronosForClassification(KhronosPreTrainedModel):
 
     def __init__(self, config: KhronosConfig):
         super().__init__(config)
-        if config.num_labels < 2:
-            raise ValueError(f"num_labels = {config.num_labels}; expected at least 2 classes.")
-        self.network = build_network(config, config.num_labels, shared_components=True)
-        self.bias = nn.Parameter(torch.zeros(config.num_labels))
+        num_labels = config.num_labels
+        if num_labels is None or num_labels < 2:
+            raise ValueError(f"num_labels = {num_labels}; expected at least 2 classes.")
+        self.network = build_network(config, num_labels, shared_components=True)
+        self.bias = nn.Parameter(torch.zeros(num_labels))
         self.post_init()
 
     @torch.no_grad()
@@ -103,6 +104,9 @@ class KhronosForClassification(KhronosPreTrainedModel):
     @can_return_tuple
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> KhronosClassifierOutput:
         """Evaluates the logits, and the mean cross-entropy where labels are given.
+
+        Exported (``torch.export``, ONNX), where nothing can raise, they are NaN at points outside the box while
+        ``extrapolate="raise"``.
 
         Args:
             x: Points (..., num_inputs).
@@ -175,29 +179,30 @@ class KhronosForClassification(KhronosPreTrainedModel):
                 raise ValueError(f"{name} = {count!r}; expected an integer of at least 1.")
         data = training_data(x, self._check_labels(labels), sample_weight, self.config.num_inputs, 1).distinct()
         check_points(data.x, self.network.splines, data.x.dtype)
-        model = copy.deepcopy(self).to("cpu", torch.float64)
-        shares = data.y.new_ones(self.config.num_labels).index_add_(0, data.y[:, 0].long(), data.weight)
-        best = None
+        model = copy.deepcopy(self).to("cpu", torch.float64)  # type: ignore[arg-type]  # wrapped by transformers
+        shares = data.y.new_ones(self.network.num_outputs).index_add_(0, data.y[:, 0].long(), data.weight)
+        best: tuple[KhronosClassificationFit, dict[str, Tensor]] | None = None
         with torch.random.fork_rng(devices=[]), tqdm(total=num_restarts, unit=" starts", disable=not progress) as bar:
             torch.manual_seed(seed)
             for _ in range(num_restarts):
                 model.network.reset_parameters()
                 model.bias.data.copy_((shares / shares.sum()).log())
                 result = _minimise(model, data, ridge, smoothness, max_iterations, tolerance)
-                if best is None or result.objective < best.objective:
-                    best, state = result, {name: value.clone() for name, value in model.state_dict().items()}
+                if best is None or result.objective < best[0].objective:
+                    best = result, {name: value.clone() for name, value in model.state_dict().items()}
                 bar.update()
-        self.load_state_dict(state)
-        return best
+        assert best is not None, "there is a start"
+        self.load_state_dict(best[1])
+        return best[0]
 
     def _check_labels(self, labels: ArrayLike | Tensor) -> Tensor:
         labels = as_tensor("labels", labels)
-        right = (labels >= 0) & (labels < self.config.num_labels) & (labels == labels.floor())
+        right = (labels >= 0) & (labels < self.network.num_outputs) & (labels == labels.floor())
         if not right.all():
             index = (~right).nonzero()[0].tolist()
             raise ValueError(
                 f"labels{index} = {labels[tuple(index)].item():g}; expected integers from 0 to "
-                f"{self.config.num_labels - 1}."
+                f"{self.network.num_outputs - 1}."
             )
         return labels
 
@@ -219,6 +224,7 @@ def _minimise(
     draws = torch.randn(model.network.factors.flatten(2).shape, dtype=torch.float64) / len(splines) ** 0.5
     whitened = (ones + draws).requires_grad_()
     weights, bias = model.network.weights, model.bias
+    assert weights is not None, "shared components have weights"
     parts = [t.split(ROWS_AT_ONCE) for t in (data.x.double(), data.y[:, 0].long(), data.weight)]
     total_weight = data.weight.sum()
 

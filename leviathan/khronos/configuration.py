@@ -22,6 +22,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
+from leviathan.completed import Completed
+from leviathan.sizes import LARGEST_INTEGER, check_extra, check_sizes, check_weights
 from sna_core.bspline import UniformBSpline
 
 from .tables import as_points
@@ -54,8 +56,8 @@ class KhronosConfig(PreTrainedConfig):
 
     model_type = "khronos"
 
-    input_low: list[int | float] | None = None
-    input_high: list[int | float] | None = None
+    input_low: Completed[list[int | float]] = None
+    input_high: Completed[list[int | float]] = None
     num_outputs: int = 1
     rank: int = 4
     num_cells: int = 8
@@ -63,7 +65,10 @@ class KhronosConfig(PreTrainedConfig):
     extrapolate: Literal["raise", "linear"] = "raise"
     uncertainty: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_extra(self, kwargs)
+        check_sizes(self, "num_outputs", "rank", "num_cells")
+        check_sizes(self, "input_low", "input_high", most=LARGEST_INTEGER)
         self.input_low = [0.0] if self.input_low is None else self.input_low
         self.input_high = [1.0] if self.input_high is None else self.input_high
         super().__post_init__(**kwargs)
@@ -81,7 +86,10 @@ class KhronosConfig(PreTrainedConfig):
         for name in ("num_outputs", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected at least 1.")
-        UniformBSpline(self.num_cells, self.degree)
+        basis = UniformBSpline(self.num_cells, self.degree)
+        check_weights(
+            num_inputs=self.num_inputs, num_outputs=self.num_outputs, rank=self.rank, num_basis=basis.num_basis
+        )
 
     @property
     def num_inputs(self) -> int:

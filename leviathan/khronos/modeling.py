@@ -67,10 +67,12 @@ class KhronosOutput(ModelOutput):
     Args:
         loss: Mean squared error against the labels in the units of y, where labels were given.
         prediction: (..., num_outputs).
+        gradient: (..., num_outputs, num_inputs), where asked for.
     """
 
     loss: torch.Tensor | None = None
     prediction: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
 
 
 class KhronosModel(KhronosPreTrainedModel):
@@ -85,6 +87,9 @@ class KhronosModel(KhronosPreTrainedModel):
 
     Tables go in as tensors or as what numpy takes for an array, and come back as tensors or arrays.
     """
+
+    posterior: Tensor | None
+    noise: Tensor | None
 
     def __init__(self, config: KhronosConfig):
         if config.architectures == ["KhronosForClassification"]:
@@ -122,20 +127,27 @@ class KhronosModel(KhronosPreTrainedModel):
         return self.network.factors.numel() + 2 * self.config.num_outputs
 
     @can_return_tuple
-    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> KhronosOutput:
+    def forward(
+        self, x: torch.Tensor, labels: torch.Tensor | None = None, output_gradient: bool = False
+    ) -> KhronosOutput:
         """Evaluates f, and the mean squared error where labels are given. Differentiable in x and the factors.
+
+        Exported (``torch.export``, ONNX), where nothing can raise, it is NaN at points outside the box while
+        ``extrapolate="raise"``.
 
         Args:
             x: Points (..., num_inputs).
             labels: Values to predict, (..., num_outputs), for one output also (...).
+            output_gradient: Whether to return the gradient too, of :meth:`gradient`'s units but with all dimensions.
 
         Raises:
             ValueError: If a point is not finite, or outside the box while ``extrapolate="raise"``, or a shape or dtype
                 does not fit.
         """
         prediction = self.output_shift + self.output_scale * self._values(x)
+        gradient = self.output_scale[:, None] * self._gradient(x) if output_gradient else None
         if labels is None:
-            return KhronosOutput(prediction=prediction)
+            return KhronosOutput(prediction=prediction, gradient=gradient)
         # CODEPATH: labels of one output need no dimension of outputs.
         if self.config.num_outputs == 1 and labels.shape == prediction.shape[:-1]:
             labels = labels.unsqueeze(-1)
@@ -144,7 +156,7 @@ class KhronosModel(KhronosPreTrainedModel):
                 f"labels have shape {tuple(labels.shape)}; expected {tuple(prediction.shape)}, a column for each "
                 "output."
             )
-        return KhronosOutput(loss=F.mse_loss(prediction, labels), prediction=prediction)
+        return KhronosOutput(loss=F.mse_loss(prediction, labels), prediction=prediction, gradient=gradient)
 
     def predict(self, x: ArrayLike | Tensor) -> np.ndarray | Tensor:
         """Evaluates f at the points x (points, num_inputs), without a graph and in bounded memory beside the result.
@@ -180,7 +192,8 @@ class KhronosModel(KhronosPreTrainedModel):
             ValueError: As :meth:`forward`, and if the model was not fitted with ``uncertainty=True``.
         """
         # CODEPATH: without a posterior there is no standard deviation.
-        if not self.config.uncertainty:
+        posterior, noise = self.posterior, self.noise
+        if not self.config.uncertainty or posterior is None or noise is None:
             raise ValueError("this model knows no uncertainty; fit it with uncertainty=True.")
 
         def std(part: Tensor) -> Tensor:
@@ -188,8 +201,8 @@ class KhronosModel(KhronosPreTrainedModel):
             # CODEPATH: as for values.
             if self.config.extrapolate == "raise":
                 nearest, overshoot = part, torch.zeros_like(part)
-            relative = continued_std(self.network, self.posterior, nearest, overshoot)
-            return self._without_output(self.noise * (1 + relative.to(part.dtype).square()).sqrt())
+            relative = continued_std(self.network, posterior, nearest, overshoot)
+            return self._without_output(noise * (1 + relative.to(part.dtype).square()).sqrt())
 
         return self._by_rows(std, x)
 
@@ -291,13 +304,13 @@ class KhronosModel(KhronosPreTrainedModel):
         # CODEPATH: the posterior is as large as the factors are many, squared, and computed on request.
         uncertainty = self.config.uncertainty if uncertainty is None else uncertainty
         self._set_uncertainty(uncertainty)
-        if uncertainty:
+        if self.posterior is not None and self.noise is not None:
             given = {name: (FIT_DEFAULTS | options)[name] for name in ("smoothness", "max_memory")}
             factor = laplace_factor(self.network, data.x, result.ridge, sample_weight=data.weight, **given)
             self.posterior.copy_(factor)
             self.noise.copy_(result.noise * scale)
         in_units = {"train_rmse": result.train_rmse * scale, "noise": result.noise * scale}
-        if held_out is not None:
+        if result.validation_rmse is not None:
             in_units["validation_rmse"] = result.validation_rmse * scale
         return KhronosFit(**(vars(result) | in_units), notes=self._notes(data, num_rows))
 
@@ -398,12 +411,13 @@ class KhronosModel(KhronosPreTrainedModel):
 
     def _inverse_problem(
         self, target: float | Sequence[float | None] | Tensor
-    ) -> tuple[Function, list[float], list[float], Tensor]:
+    ) -> tuple[Function, Sequence[float], Sequence[float], Tensor]:
         """The function with its Jacobian in float64 on a CPU, the box, and the target with NaN for None."""
         config = self.config
         if not isinstance(target, Tensor | np.ndarray):
-            target = [target] if np.ndim(target) == 0 else target
-            target = [float("nan") if value is None else float(value) for value in target]
+            given: Any = target  # of whatever kind numpy takes
+            numbers = [given] if np.ndim(given) == 0 else given
+            target = np.array([float("nan") if value is None else float(value) for value in numbers])
         target = torch.as_tensor(target, dtype=torch.float64).reshape(-1)
         if len(target) != config.num_outputs:
             raise ValueError(

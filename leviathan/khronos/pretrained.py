@@ -49,7 +49,8 @@ class KhronosPreTrainedModel(PreTrainedModel):
     """What the models share: initial values, and the network's values and derivatives in the box and outside of it."""
 
     config: KhronosConfig
-    base_model_prefix = "network"
+    network: CPNetwork
+    base_model_prefix = "khronos"
     main_input_name = "x"
     _no_split_modules = ["CPNetwork"]
 
@@ -67,7 +68,7 @@ class KhronosPreTrainedModel(PreTrainedModel):
         if self.config.extrapolate == "raise":
             return self.network(x)
         nearest, overshoot = self._nearest(x)
-        if not overshoot.any():
+        if not torch.compiler.is_exporting() and not overshoot.any():
             return self.network(nearest)
         values, gradient = self.network.value_and_gradient(nearest)
         return values + (gradient @ overshoot.unsqueeze(-1)).squeeze(-1)
@@ -77,9 +78,14 @@ class KhronosPreTrainedModel(PreTrainedModel):
         if self.config.extrapolate == "raise":
             return self.network.gradient(x)
         nearest, overshoot = self._nearest(x)
-        if not overshoot.any():
+        if not torch.compiler.is_exporting() and not overshoot.any():
             return self.network.gradient(nearest)
-        gradient, change = torch.func.jvp(self.network.gradient, (nearest,), (overshoot,))
+        # CODEPATH: a graph to be exported takes no forward mode.
+        if torch.compiler.is_exporting():
+            gradient, hessian = self.network.gradient(nearest), self.network.hessian(nearest)
+            change = (hessian @ overshoot[..., None, :, None]).squeeze(-1)
+        else:
+            gradient, change, *_ = torch.func.jvp(self.network.gradient, (nearest,), (overshoot,))
         return gradient + change * (overshoot == 0).unsqueeze(-2)
 
     def _hessian(self, x: Tensor) -> Tensor:
@@ -89,7 +95,7 @@ class KhronosPreTrainedModel(PreTrainedModel):
         nearest, overshoot = self._nearest(x)
         if not overshoot.any():
             return self.network.hessian(nearest)
-        hessian, change = torch.func.jvp(self.network.hessian, (nearest,), (overshoot,))
+        hessian, change, *_ = torch.func.jvp(self.network.hessian, (nearest,), (overshoot,))
         inside = (overshoot == 0).unsqueeze(-2)
         return hessian * (inside | inside.mT).unsqueeze(-3) + change * (inside & inside.mT).unsqueeze(-3)
 
@@ -98,7 +104,7 @@ class KhronosPreTrainedModel(PreTrainedModel):
         low, high = (x.new_tensor(ends) for ends in (self.config.input_low, self.config.input_high))
         if x.shape[-1:] != low.shape:
             return x, torch.zeros_like(x)  # the network says what is wrong
-        if x.isinf().any():
+        if not torch.compiler.is_exporting() and x.isinf().any():
             raise ValueError("x holds an infinite value, to which nothing can be continued; drop the sample.")
         nearest = x.clamp(low, high)
         return nearest, x - nearest

@@ -139,16 +139,17 @@ def select(
     folds = list(_folds(len(data.x), num_folds, num_repeats, seed))
     rows = []
     with tqdm(total=len(candidates) * len(folds), unit=" fits", disable=not progress) as bar:
-        for candidate in candidates:
+        for size in candidates:
             errors = []
             for test in folds:
-                model = build(*candidate)
+                model = build(*size)
                 model.fit_checked(data.select(~test), seed=seed, **options)
                 errors.append(_mean_squared_error(model, data.select(test)) / variance)
                 bar.update()
             by_fold = torch.stack(errors).mean(-1)
             deviation = by_fold.std().item() / math.sqrt(len(folds))
-            rows.append(SelectionRow(*candidate, model.num_fitted, by_fold.mean().item(), deviation))
+            rank, cells, degree = size
+            rows.append(SelectionRow(rank, cells, degree, model.num_fitted, by_fold.mean().item(), deviation))
     rows.sort(key=lambda row: row.error)
     chosen = rows[0]
     if one_standard_error:
@@ -174,7 +175,7 @@ def _folds(num_points: int, num_folds: int, num_repeats: int, seed: int) -> Iter
 
 def _mean_squared_error(model: KhronosModel, data: TrainingData) -> Tensor:
     """Of each output, (num_outputs,), weighted."""
-    prediction = model.predict(data.x).double().view_as(data.y)
+    prediction = torch.as_tensor(model.predict(data.x)).double().view_as(data.y)
     return data.weight @ (prediction - data.y).square() / data.weight.sum()
 
 

@@ -57,7 +57,7 @@ def continued_std(network: CPNetwork, factor: Tensor, nearest: Tensor, overshoot
     size = max(1, MAX_MEMORY // (8 * 6 * factors.numel()))
     parts = []
     for points in zip(nearest.double().split(size), overshoot.double().split(size), strict=True):
-        at_box, change = torch.func.jvp(features, points[:1], points[1:])
+        at_box, change, *_ = torch.func.jvp(features, points[:1], points[1:])
         parts.append(((at_box + change) @ factor).norm(dim=-1).mT)
     return torch.cat(parts)
 

@@ -20,9 +20,13 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from leviathan.completed import Completed
+from leviathan.sizes import MOST_MODULES, check_extra, check_sizes, check_weights
 from sna_core.axis import Axis
 from sna_core.network import check_counts
 from sna_core.operators import Problem
+
+Decomposition = Literal["cp", "tucker", "tensor_train"]
 
 
 @strict
@@ -54,16 +58,18 @@ class VsnaConfig(PreTrainedConfig):
 
     model_type = "vsna"
 
-    axes: list[dict] | None = None
-    decomposition: Literal["cp", "tucker", "tensor_train"] = "cp"
+    axes: Completed[list[dict]] = None
+    decomposition: Decomposition = "cp"
     rank: int = 8
-    max_rank: int | None = None
+    max_rank: Completed[int] = None
     train_ranks: list[int] | None = None
     frame_sizes: list[int] | None = None
     axis_order: list[int] | None = None
     equation: str | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_extra(self, kwargs)
+        check_sizes(self, "rank", "max_rank", "train_ranks", "frame_sizes")
         self.axes = [{"name": "x", "low": 0.0, "high": 1.0}] if self.axes is None else self.axes
         self.dtype = "float64" if self.dtype is None else self.dtype  # what a solve is worth needs more than float32
         self.max_rank = self.rank if self.max_rank is None else self.max_rank
@@ -71,6 +77,8 @@ class VsnaConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation. Validates the architecture of the config."""
+        if len(self.axes) > MOST_MODULES:
+            raise ValueError(f"there are {len(self.axes)} axes; expected at most {MOST_MODULES}.")
         axes = self.problem_axes
         names = [axis.name for axis in axes]
         if not names or len(set(names)) < len(names):
@@ -87,6 +95,8 @@ class VsnaConfig(PreTrainedConfig):
                 takes = "none" if length is None else f"{length} numbers"
                 raise ValueError(f"{name} = {given}; decomposition = {self.decomposition!r} takes {takes} here.")
         check_counts(rank=self.rank, max_rank=self.max_rank)
+        widest = max(axis.basis.num_basis for axis in axes)
+        check_weights(num_basis=widest, rank=self.rank, next_rank=self.rank if is_train else 1)
         for name in ("train_ranks", "frame_sizes"):
             check_counts(**{f"{name}[{i}]": size for i, size in enumerate(getattr(self, name) or ())})
         for axis, size in zip(axes, self.frame_sizes or (), strict=False):
@@ -127,7 +137,9 @@ class VsnaConfig(PreTrainedConfig):
         return self.frame_sizes or [min(self.rank, axis.basis.num_basis) for axis in self.problem_axes]
 
     @classmethod
-    def for_problem(cls, problem: Problem, rank: int = 8, decomposition: str = "cp", **options: Any) -> "VsnaConfig":
+    def for_problem(
+        cls, problem: Problem, rank: int = 8, decomposition: Decomposition = "cp", **options: Any
+    ) -> "VsnaConfig":
         """A configuration for the solution of a problem: its axes, and its equation as text.
 
         Args:
@@ -136,8 +148,8 @@ class VsnaConfig(PreTrainedConfig):
             decomposition: ``"cp"``, ``"tucker"`` or ``"tensor_train"``.
             **options: Other settings.
         """
-        settings = {"axes": axis_settings(problem.axes), "equation": problem.describe()}
-        return cls(**settings, rank=rank, decomposition=decomposition, **options)
+        axes, equation = axis_settings(problem.axes), problem.describe()
+        return cls(axes=axes, equation=equation, rank=rank, decomposition=decomposition, **options)
 
 
 def axis_settings(axes: Sequence[Axis]) -> list[dict[str, Any]]:
@@ -153,7 +165,7 @@ def axis_settings(axes: Sequence[Axis]) -> list[dict[str, Any]]:
 def _axis(index: int, options: Mapping[str, Any]) -> Axis:
     try:
         return Axis(**options)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(f"axes[{index}] = {options}: {error}; expected the arguments of Axis.") from error
 
 

@@ -25,7 +25,7 @@ def inside(points: Tensor, axes: Sequence[Axis], dtype: torch.dtype) -> Tensor:
     """The points (..., num_axes) in ``dtype``, once they are known to lie in the box.
 
     They are looked at in their own type, in which an end of an interval is itself. In another that end, rounded, may
-    lie outside by a digit; it is brought back.
+    lie outside by a digit; it is brought back. In an exported graph, which cannot raise, points outside become NaN.
 
     Raises:
         ValueError: If there is not a column for each axis, the points are no floating-point numbers, or one is NaN or
@@ -41,7 +41,9 @@ def inside(points: Tensor, axes: Sequence[Axis], dtype: torch.dtype) -> Tensor:
     ends = [[axis.low for axis in axes], [axis.high for axis in axes]]
     low, high = points.new_tensor(ends)
     within = (points >= low) & (points <= high)  # False for NaN
-    if not within.all():
+    if torch.compiler.is_exporting():
+        points = torch.where(within, points, torch.nan)
+    elif not within.all():
         *index, i = (~within).nonzero()[0].tolist()
         value, axis = points[(*index, i)].item(), axes[i]
         raise ValueError(

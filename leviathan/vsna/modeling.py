@@ -50,7 +50,8 @@ class VsnaModel(PreTrainedModel):
     """
 
     config: VsnaConfig
-    base_model_prefix = "field"
+    signatures: Tensor
+    base_model_prefix = "vsna"
     main_input_name = "points"
     _no_split_modules = ["SeparableField"]
 
@@ -66,6 +67,8 @@ class VsnaModel(PreTrainedModel):
         if isinstance(module, SeparableField):
             for parameter in module.parameters():
                 init.zeros_(parameter)
+        elif module is self:
+            init.copy_(self.signatures, torch.tensor(_signatures(self.config)))
 
     @classmethod
     def from_pretrained(
@@ -78,7 +81,8 @@ class VsnaModel(PreTrainedModel):
                 there are none for an axis.
         """
         kwargs["ignore_mismatched_sizes"] = True  # so that the error can say which axis it is
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         if unexpected := sorted(info["unexpected_keys"]):
             raise ValueError(
                 f"the checkpoint has coefficients for which the config has no axis: {unexpected}; its axes and "
@@ -207,8 +211,7 @@ class VsnaModel(PreTrainedModel):
             ValueError: As :meth:`solve`.
         """
         coarse = replace(problem, axes=[axis.coarsened() for axis in problem.axes])
-        settings = {"rank": self.config.max_rank, "decomposition": self.config.decomposition}
-        model = VsnaModel(VsnaConfig.for_problem(coarse, **settings))
+        model = VsnaModel(VsnaConfig.for_problem(coarse, self.config.max_rank, self.config.decomposition))
         model.solve(coarse, seed=seed, progress=progress, **options)
         with torch.no_grad():
             return compare(self, model, self.config.problem_axes, seed)
@@ -286,7 +289,7 @@ class VsnaModel(PreTrainedModel):
     def _smaller(self, field: SeparableField, dropped: Sequence[str] | Mapping[str, float], note: str) -> "VsnaModel":
         """A model of a field on the other axes."""
         kept = [i for i, name in enumerate(self.config.names) if name not in dropped]
-        settings = {"decomposition": self.config.decomposition, "rank": self.config.rank, "dtype": self.dtype}
+        settings: dict[str, Any] = {"decomposition": self.config.decomposition, "rank": self.config.rank}
         # CODEPATH: what sizes there are follows from the decomposition.
         if self.config.decomposition == "tensor_train":
             settings["train_ranks"] = [core.shape[2] for core in field.cores[:-1]]
@@ -295,7 +298,8 @@ class VsnaModel(PreTrainedModel):
         elif self.config.decomposition == "tucker":
             settings["frame_sizes"] = [frame.shape[1] for frame in field.frames]
         settings["equation"] = "; ".join(filter(None, [self.config.equation, note]))
-        model = VsnaModel(VsnaConfig(axes=[copy.deepcopy(self.config.axes[i]) for i in kept], **settings))
+        axes = [copy.deepcopy(self.config.axes[i]) for i in kept]
+        model = VsnaModel(VsnaConfig(axes=axes, dtype=self.dtype, **settings))
         model.field = field
         return model
 
@@ -413,15 +417,15 @@ def _signatures(config: VsnaConfig) -> list[int]:
 
 
 def _empty_field(config: VsnaConfig) -> SeparableField:
-    axes = config.problem_axes
-    sizes = {
+    axes, dtype = config.problem_axes, config.dtype
+    assert isinstance(dtype, torch.dtype), "as transformers has made of its name"
+    sizes: dict[str, dict[str, Any]] = {
         "cp": {"rank": config.rank},
         "tucker": {"rank": config.rank, "frame_sizes": config.reduced_sizes},
         "tensor_train": {"rank": config.inner_ranks},
-    }[config.decomposition]
-    return SeparableField(
-        [axes[i].basis for i in config.core_order], decomposition=config.decomposition, dtype=config.dtype, **sizes
-    )
+    }
+    bases, form = [axes[i].basis for i in config.core_order], config.decomposition
+    return SeparableField(bases, decomposition=form, dtype=dtype, **sizes[form])
 
 
 __all__ = ["VsnaModel"]

@@ -155,7 +155,7 @@ def run_sweep(
 class StreamingSums:
     """Mean, variance, range and a histogram of values that come in parts."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
         self.counts = torch.zeros(NUM_BINS, dtype=torch.int64)
 

@@ -74,7 +74,7 @@ class WaypointsOptions(RoadOptions, VehicleOptions):
     start_offset: float = 0.5
     start_heading: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value, whole = getattr(self, field.name), field.type == "int"
             kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)

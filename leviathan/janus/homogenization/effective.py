@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Isotropic:
     youngs_modulus: float
     poissons_ratio: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.youngs_modulus < float("inf"):
             raise ValueError(f"youngs_modulus = {self.youngs_modulus!r}; expected a number above 0.")
         if not -1 < self.poissons_ratio < 0.5:
@@ -188,7 +189,9 @@ def _effective(
 
 class _Effective(torch.autograd.Function):
     @staticmethod
-    def forward(scale, element, symmetry, tolerance, max_iterations, loads):  # noqa: ANN001, ANN205
+    def forward(
+        scale: Tensor, element: Element, symmetry: str, tolerance: float, max_iterations: int, loads: tuple[int, ...]
+    ) -> tuple[Tensor, ...]:
         parts = [
             _solve(part, element, symmetry, tolerance, max_iterations, loads)
             for part in scale.split(_cells_at_once(scale, element))
@@ -199,7 +202,7 @@ class _Effective(torch.autograd.Function):
         return _energies(scale, fields, element, symmetry, loads), residual, num_iterations, fields
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # noqa: ANN001, ANN205
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         scale, ctx.element, ctx.symmetry, _, _, ctx.loads = inputs
         *_, fields = output
         ctx.mark_non_differentiable(*output[1:])
@@ -207,7 +210,7 @@ class _Effective(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):  # noqa: ANN001, ANN002, ANN205
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         scale, fields = ctx.saved_tensors
         return _sensitivity(grad, scale, fields, ctx.element, ctx.symmetry, ctx.loads), *(None,) * 5
 
@@ -224,7 +227,8 @@ def _solve(
     points = grid(element, scale.shape[-1], symmetry != "none", scale.dtype, scale.device)
     matrix, strains = (each.to(scale) for each in (element.matrix, element.loads))
     sources = {load: _source(element, symmetry, load) for load in loads}
-    fields, residuals, most = {}, [], 0
+    fields: dict[int, Tensor] = {}
+    residuals, most = [], 0
     for group in points.groups(sorted({source for source, _ in sources.values()})):
         drive = (strains[group] @ matrix)[(None, ..., *(None,) * element.dims)] * scale[:, None, None]
         b = -points.scatter(_split(drive.flatten(0, 1), element))

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import pi
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -194,7 +195,8 @@ class _MirroredFlow:
         self.inverse = inverse.to(device, dtype)
         self.mean_diagonal = float(inverse.mean()) * (dims - 1) / dims
         load = torch.zeros(1, dims, *(size,) * dims, dtype=dtype, device=device)
-        load[:, 0][(..., *(slice(m),) * (dims - 1))] = 1
+        inside: tuple[Any, ...] = (..., *(slice(m),) * (dims - 1))
+        load[:, 0][inside] = 1
         load[:, 0, [0, m]] *= 0.5**0.5
         self.loads = load
         self.num_voxels = m**dims
@@ -244,7 +246,9 @@ class _Drag(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(alpha, resistance, is_whole, tolerance, max_iterations, differentiable):  # noqa: ANN001, ANN205
+    def forward(
+        alpha: Tensor, resistance: float, is_whole: bool, tolerance: float, max_iterations: int, differentiable: bool
+    ) -> tuple[Tensor, ...]:
         flow = _flow(alpha.shape[-1] - (not is_whole), alpha.ndim - 2, is_whole, alpha.dtype, alpha.device)
         limit = CPU_NUMEL if alpha.device.type == "cpu" else GPU_NUMEL
         at_once = max(1, limit // (alpha[0].numel() * len(flow.loads)))
@@ -252,11 +256,12 @@ class _Drag(torch.autograd.Function):
         for part in alpha.split(at_once):
             drag, residual, velocity, num_iterations = _solve(part, flow, resistance, tolerance, max_iterations)
             parts.append((drag, residual, velocity if differentiable else velocity.new_empty(0), num_iterations))
-        drag, residual, velocity = (torch.cat([part[i] for part in parts]) for i in range(3))
-        return drag, residual, torch.tensor(max(part[3] for part in parts)), velocity
+        *fields, counts = zip(*parts, strict=True)
+        drag, residual, velocity = map(torch.cat, fields)
+        return drag, residual, torch.tensor(max(counts)), velocity
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # noqa: ANN001, ANN205
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         alpha, _, is_whole, *_ = inputs
         *_, velocity = output
         ctx.mark_non_differentiable(*output[1:])
@@ -265,7 +270,7 @@ class _Drag(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):  # noqa: ANN001, ANN002, ANN205
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (velocity,) = ctx.saved_tensors
         along = torch.einsum("bij,bj...->bi...", (grad + grad.mT) / (2 * ctx.num_voxels), velocity)
         return (along * velocity).sum(1), *(None,) * 5

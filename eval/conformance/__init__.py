@@ -1,1 +1,0 @@
-"""transformers' own tests of models, run on ours."""
