@@ -24,7 +24,8 @@ import transformers
 
 from training.provenance import provenance, write_json
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parent.parent
+SUITE = ROOT / "tests" / "transformers_suite.py"  # what of ours is tested
 
 # What the distribution lacks and its files import. Empty mixins add no tests, which the record says.
 STANDINS = {
@@ -91,7 +92,7 @@ def lay_out(folder: Path, version: str, checkout: Path | None) -> None:
         (package / "__init__.py").touch()
     (folder / "src").mkdir()
     (folder / "src" / "transformers").symlink_to(Path(transformers.__file__).parent)
-    shutil.copy(Path(__file__).with_name("suite.py"), folder / "tests" / "test_leviathan_sna.py")
+    shutil.copy(SUITE, folder / "tests" / "test_leviathan_sna.py")
 
 
 def read_report(path: Path) -> list[dict[str, Any]]:

@@ -1,12 +1,11 @@
 """transformers' own tests, run on ours: what is said of their outcome. The run itself downloads, and is a command."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
 import leviathan
-from eval.conformance import __main__ as conformance
+from eval import conformance
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_leviathan_sna.LeviathanTest" name="test_save_load"/>
@@ -40,7 +39,7 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
 
 
 def test_the_suite_has_all_models():
-    source = Path(conformance.__file__).with_name("suite.py").read_text()
+    source = conformance.SUITE.read_text()
     named = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
     models = {name for name in leviathan.__all__ if name.endswith(("Model", "CausalLM", "Classification"))}
     assert models - {"LeviathanPreTrainedModel"} <= named
