@@ -11,7 +11,7 @@ FLOW := --num-grid 64 --num-snapshots 21 --k-tot 8 --viscosity 1e-3 --warm-up-ti
 # accelerate launch gives a process one thread unless told otherwise.
 demo demo-short text turbulence: export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo demo-short text text-study turbulence turbulence-data turbulence-card heads speed card text-card khronos khronos-card vsna-study vsna-card span-study span-card janus janus-study janus-card scaling docs test lint
+.PHONY: demo demo-short text text-study turbulence turbulence-data turbulence-card heads speed card text-card khronos khronos-card vsna-study vsna-card span-study span-card janus janus-study janus-card scaling app docs test lint
 
 demo: .venv/.installed
 	$(BIN)/python -m training.turbulence --out runs/demo/data.hdf5 --num-trajectories 96 $(FLOW)
@@ -186,6 +186,10 @@ janus-card: .venv/.installed
 # What training takes past one machine: counted, planned, and checked on this one.
 scaling: .venv/.installed
 	$(BIN)/python -m eval.scaling --out model_cards/scaling --card model_cards/scaling.md
+
+# All of them in a browser, those that are trained.
+app: .venv/.installed
+	$(BIN)/python -m eval.app
 
 # The site: README, guides, cards and the reference, in runs/docs.
 docs: .venv/.installed

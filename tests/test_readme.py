@@ -125,3 +125,13 @@ def test_links_and_map_name_files_that_exist():
             assert folder.is_dir()
         for name in re.findall(r"[\w/]+\.py", line):
             assert (folder / name).is_file() or (ROOT / name).is_file(), name
+
+
+@pytest.mark.clients
+def test_snippets_of_sharing_run_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for number, snippet in enumerate(fences("python", GUIDES[ROOT / "docs" / "sharing.md"])):
+        exec(compile(snippet, f"sharing.md snippet {number}", "exec"), namespace)
+    assert Path("runs/khronos.onnx").is_file()
+    assert Path("runs/exported/remote_code.py").is_file()
