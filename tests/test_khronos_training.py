@@ -372,16 +372,18 @@ def test_what_the_command_refuses(table, tmp_path, more, message):
 
 def test_two_processes_do_what_one_does(table, tmp_path):
     main(flags(table, tmp_path / "one", *GRADIENT))
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+    launcher = ROOT / "training" / "configs" / "multi_cpu.yaml"
+    launch = ["accelerate.commands.launch", "--config_file", str(launcher), "--main_process_port", "0"]
     run = subprocess.run(
         [sys.executable, "-m", *launch, "-m", "training.khronos", *flags(table, tmp_path / "two", *GRADIENT)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
     one, two = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two"))
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
     for name in ("training_loss", "validation_loss"):
         assert one["result"][name] == pytest.approx(two["result"][name], rel=1e-4)
     for part in ("training", "validation"):

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from training import train
+from training.checkpoints import publish
 from training.settings import read_settings
-from training.text_task import TextTrainer
 from training.tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,26 +153,22 @@ def test_two_processes_resume_each_in_its_own_place(settings, tmp_path):
     assert whole[2].sum() == 12 * 2 * 4 * 15  # steps, processes, sequences, targets of a sequence
 
 
-def test_a_checkpoint_is_whole_when_the_last_process_has_written(settings, monkeypatch):
-    """All wait for one another before one writes the state by which a checkpoint is known to be whole."""
-    folder, seen = Path(settings["training"]["output_dir"]) / "checkpoint-6", []
-    save = TextTrainer._save_rng_state
+def test_a_checkpoint_gets_its_name_when_the_last_process_has_written(settings, monkeypatch):
+    """All wait for one another before one gives it its manifest and its name."""
+    folder, seen = Path(settings["training"]["output_dir"]), []
+    wait = Accelerator.wait_for_everyone
 
-    def saved(self, output_dir):
-        with monkeypatch.context() as patch:
-            wait = type(self.accelerator).wait_for_everyone
-            names = ("stream-0.json", "token_counts-0.safetensors", "trainer_state.json")
-            patch.setattr(
-                type(self.accelerator),
-                "wait_for_everyone",
-                lambda own: (seen.append([(folder / name).exists() for name in names]), wait(own)),
-            )
-            save(self, output_dir)
+    def waited(self):
+        staged = folder / "partial" / "checkpoint-6"
+        names = ("stream-0.json", "token_counts-0.safetensors", "manifest.json")
+        seen.append([(staged / name).exists() for name in names] + [(folder / "checkpoint-6").exists()])
+        wait(self)
 
-    monkeypatch.setattr(TextTrainer, "_save_rng_state", saved)
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", waited)
     train.run(copied(settings, max_steps=6))
-    assert seen == [[True, True, False]]
-    assert not list(folder.glob("*.partial"))
+    assert [True, True, False, False] in seen
+    assert (folder / "checkpoint-6" / "manifest.json").exists()
+    assert not list(folder.rglob("*.partial")) + list(folder.rglob("partial"))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -287,8 +284,12 @@ def test_a_checkpoint_without_its_place_in_the_text_is_refused(settings, tmp_pat
     folder = tmp_path / "run"
     (folder / "training.json").unlink()
     (folder / "checkpoint-6" / "stream-0.json").unlink()
-    for later in folder.glob("checkpoint-7"):
-        (later / "stream-0.json").unlink()
+    (folder / "checkpoint-7" / "stream-0.json").unlink()
+    with pytest.raises(ValueError, match=r"is whole \(checkpoint-7: stream-0.json is missing; checkpoint-6: "):
+        train.run(copied(settings, max_steps=7, resume_from_checkpoint=True))
+    (folder / "partial").mkdir()
+    staged = (folder / "checkpoint-7").rename(folder / "partial" / "checkpoint-7")
+    publish(staged, json.loads((folder / "run.json").read_text()))
     with pytest.raises(ValueError, match="does not say where the text stands"):
         train.run(copied(settings, max_steps=7, resume_from_checkpoint=True))
 

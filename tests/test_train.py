@@ -213,7 +213,7 @@ def test_training_reads_the_prior_state_in_both_directions(settings, monkeypatch
         lambda self, **inputs: seen.append((self.training, inputs["prefix_length"])) or forward(self, **inputs),
     )
     train.run(copied(settings, max_steps=2))
-    assert seen == [(True, 16)] * 2
+    assert seen == [(True, 16)] * 2 + [(False, 16)] * 2  # two steps, two batches of validation
 
 
 def test_reference_scores():
@@ -281,7 +281,7 @@ def test_several_gpus_of_one_process_are_refused(settings, monkeypatch):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_items_of_a_step_are_those_of_all_processes(settings, monkeypatch, processes):
     monkeypatch.setattr(train.TrainingSettings, "world_size", property(lambda args: processes))
-    monkeypatch.setattr("training.trainer.os", SimpleNamespace(environ={"WORLD_SIZE": str(processes)}))
+    monkeypatch.setattr("training.launching.os", SimpleNamespace(environ={"WORLD_SIZE": str(processes)}))
     args = train.build_arguments(copied(settings, sequences_per_step=24))
     assert args.gradient_accumulation_steps == 6 // processes
     plan = train.run(copied(settings, sequences_per_step=24), dry_run=True)

@@ -26,8 +26,17 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 2**17  # read at a time
 PARQUET_ROWS = 256  # decoded at a time
 MAX_WINDOW_BYTES = 2**31  # of a zstd frame, the most that the format's own tool writes (--ultra --long=31)
+MAX_RECORD_BYTES = 2**26  # of a line; a packed file of a few kilobytes can hold one that fills the memory
+# Of a zstd file, unpacked at a time: a block of it, 128 KiB at most, can be as short as 4 bytes.
+PACKED_BYTES = 2**10
+
+
+class _TooLongError(ValueError):
+    """A line is longer than `MAX_RECORD_BYTES`."""
+
+
 # What readers raise on a file that is truncated or of another kind.
-_DAMAGE = (EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, OSError)
+_DAMAGE = (_TooLongError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, OSError)
 
 Position = dict[str, Any]
 
@@ -282,14 +291,18 @@ def _unreadable(error: Exception) -> None:
 def _lines(chunks: Callable[[IO[bytes]], Iterable[bytes]], path: Path, first: int, column: str) -> Iterator[bytes]:
     def lines() -> Iterator[bytes]:
         begun: list[bytes] = []  # joined once, however many chunks a line is long
+        length = 0
         with path.open("rb") as file:
             for chunk in chunks(file):
                 end, *more = chunk.split(b"\n")
                 begun.append(end)
+                length += len(end)
                 if more:
                     yield b"".join(begun)
                     yield from more[:-1]
-                    begun = more[-1:]
+                    begun, length = more[-1:], len(more[-1])
+                if length > MAX_RECORD_BYTES:
+                    raise _TooLongError(f"a line is longer than {MAX_RECORD_BYTES} bytes")
         if rest := b"".join(begun):
             yield rest
 
@@ -307,7 +320,7 @@ def _unzipped(file: IO[bytes]) -> Iterator[bytes]:
 def _unpacked(file: IO[bytes]) -> Iterator[bytes]:
     # Not zstandard's stream_reader, to which a truncated file looks like one that has come to its end.
     decompressor, frame, rest = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES), None, b""
-    while chunk := rest or file.read(CHUNK_BYTES):
+    while chunk := rest or file.read(PACKED_BYTES):
         frame = frame or decompressor.decompressobj()
         yield frame.decompress(chunk)
         rest = b""

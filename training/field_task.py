@@ -2,12 +2,14 @@
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset, SequentialSampler, Subset
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, SequentialSampler, Subset
 
 from leviathan import FieldTokenizer, LeviathanForCausalLM
 from sna_core import DigitHead
@@ -49,42 +51,87 @@ class FieldSettings:
     num_validation_items: int = 512
 
 
+class ShuffledEpochs(Sampler[int]):
+    """The first `num_samples` indices of epochs laid end to end, each a permutation of `num_items` by (seed, epoch).
+
+    A step that begins in one epoch ends in the next. So all steps are of one size, and processes that take a part of
+    each see together what one process sees; where epochs end with a step, those of several processes would be filled
+    up with items that were seen already.
+    """
+
+    def __init__(self, num_items: int, num_samples: int, seed: int):
+        self.num_items, self.num_samples, self.seed = num_items, num_samples, seed
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        for epoch in range(-(-self.num_samples // self.num_items)):
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
+            yield from order[: self.num_samples - epoch * self.num_items].tolist()
+
+
+def num_training_items(args: TrainingSettings) -> int:
+    """Items of all steps and processes, as often as they come."""
+    return args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+
+
 class FieldTrainer(LeviathanTrainer):
     """The loop with metrics of fields in evaluation."""
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if getattr(dataset, "offsets", None) == "random":  # item i is random already
+        if dataset.offsets == "random":  # item i is random already
             return SequentialSampler(dataset)
-        return super()._get_train_sampler(train_dataset)
+        return ShuffledEpochs(len(dataset), num_training_items(self.args), self.args.seed)
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # noqa: ANN001, ANN201
-        """Loss, expected ids, labels: by chunks, since all logits of a batch may not fit into memory."""
+        """Loss, expected ids, labels: by chunks, since all logits of a batch may not fit into memory.
+
+        The head scores them as soon as the backbone has run, within the wrapped model's forward: it is there that the
+        parameters of a sharded model are whole.
+        """
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"][:, 1:]
-        unwrapped = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():  # the wrapped forward's, which this goes past
-            hidden = unwrapped.model(
-                input_ids=inputs["input_ids"], prefix_length=inputs["prefix_length"], use_cache=False
-            ).last_hidden_state[:, :-1]
-            wanted = labels != -100
-            target = labels[wanted]
-            head = unwrapped.output_head()
-            size = max(1, EVALUATION_LOGITS // unwrapped.config.vocab_size)
-            losses, expected = [], []
-            for chunk, truth in zip(hidden[wanted].split(size), target.split(size), strict=True):
-                if isinstance(head, DigitHead):
-                    losses.append(-head(chunk, truth).sum())
-                    expected.append(head.expectation(chunk))
-                    continue
-                logits = head(chunk).float()
-                losses.append(F.cross_entropy(logits, truth, reduction="sum"))
-                ids = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float64)
-                expected.append(logits.softmax(-1, dtype=torch.float64) @ ids)
-        loss = torch.stack(losses).sum() / target.numel()
+        wanted = labels != -100
+        target = labels[wanted]
+        unwrapped, scored = self.accelerator.unwrap_model(model), []
+
+        def score(backbone: torch.nn.Module, args: tuple, output: Any) -> None:
+            scored.append(score_ids(unwrapped, output.last_hidden_state[:, :-1][wanted], target))
+
+        handle = unwrapped.model.register_forward_hook(score)
+        try:
+            # A compiled forward would not see the hook.
+            with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+                ids, prefix = inputs["input_ids"], inputs["prefix_length"]
+                model(input_ids=ids, prefix_length=prefix, use_cache=False, logits_to_keep=1)
+        finally:
+            handle.remove()
+        ((loss, expected),) = scored
         shape = (labels.shape[0], -1)
-        return loss, torch.cat(expected).view(shape), target.view(shape)
+        return loss, expected.view(shape), target.view(shape)
+
+
+def score_ids(model: LeviathanForCausalLM, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy (nats) of the ids `target` (n,), and expected ids (n,) float64, of hidden states (n, D).
+
+    At no time do more than `EVALUATION_LOGITS` logits exist.
+    """
+    head = model.output_head()
+    size = max(1, EVALUATION_LOGITS // model.config.vocab_size)
+    losses, expected = [], []
+    for chunk, truth in zip(hidden.split(size), target.split(size), strict=True):
+        if isinstance(head, DigitHead):
+            losses.append(-head(chunk, truth).sum())
+            expected.append(head.expectation(chunk))
+            continue
+        logits = head(chunk).float()
+        losses.append(F.cross_entropy(logits, truth, reduction="sum"))
+        ids = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float64)
+        expected.append(logits.softmax(-1, dtype=torch.float64) @ ids)
+    return torch.stack(losses).sum() / target.numel(), torch.cat(expected)
 
 
 def reference_scores(validation: Dataset, tokenizer: FieldTokenizer) -> dict[str, float]:
@@ -163,8 +210,8 @@ class FieldTask:
             self.tokenizer.fit(sample_snapshots(self.fields, *chosen, seed=data.split_seed, mirrored=data.symmetries))
         options: dict[str, Any] = {"offsets": data.offsets, "stride": data.stride, "seed": args.seed}
         if data.offsets == "random":
-            items = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
-            options |= {"num_items": items, "symmetries": data.symmetries, "context_noise": data.context_noise}
+            options["num_items"] = num_training_items(args)
+            options |= {"symmetries": data.symmetries, "context_noise": data.context_noise}
         self.train = PatchPairs(self.fields, split.train, self.tokenizer, **options)
         pairs = PatchPairs(self.fields, split.validation, self.tokenizer, stride=data.stride)
         order = np.random.default_rng(data.split_seed).permutation(len(pairs))

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from training.hdf5_files import attributes, check_stored, numbers, reading
+
 if TYPE_CHECKING:
     import datasets
 
@@ -83,7 +85,9 @@ class FieldFile:
         self._owner: int | None = None
         self._cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         try:
-            self._read_header(self._opened())
+            file = self._opened()
+            with reading(self.path):
+                self._read_header(file)
         except BaseException:
             self.close()
             raise
@@ -95,26 +99,30 @@ class FieldFile:
         return self._file
 
     def _read_header(self, file: h5py.File) -> None:
-        missing = [key for key in REQUIRED_KEYS if not isinstance(file.get(key), h5py.Dataset)]
+        found = {key: numbers(file, key) for key in REQUIRED_KEYS}
+        missing = [key for key, dataset in found.items() if dataset is None]
         if missing:
             raise ValueError(
-                f"{self.path} lacks {', '.join(missing)} (it has {', '.join(file) or 'nothing'}); expected PDEBench's "
-                "layout, as `python -m training.turbulence` writes it"
+                f"{self.path} lacks {', '.join(missing)} (it has {', '.join(map(str, file)) or 'nothing'}); expected "
+                "PDEBench's layout, as `python -m training.turbulence` writes it"
             )
-        shape = file["Vx"].shape
-        if len(shape) != 4 or file["Vy"].shape != shape:
-            raise ValueError(f"{self.path}: Vx is {shape} and Vy {file['Vy'].shape}; expected one shape (N, T, X, Y)")
+        shape, other = found["Vx"].shape, found["Vy"].shape
+        if len(shape) != 4 or other != shape or 0 in shape[2:]:
+            raise ValueError(f"{self.path}: Vx is {shape} and Vy {other}; expected one shape (N, T, X, Y)")
+        for key in ("Vx", "Vy"):
+            check_stored(found[key], shape[2:])  # a snapshot, which is what is read at a time
         self.num_trajectories, self.num_snapshots, *grid = shape
         self.grid = tuple(grid)
-        self.attributes = {
-            key: value.tolist() if hasattr(value, "tolist") else value for key, value in file.attrs.items()
-        }
+        self.attributes = attributes(file)
         self.synthetic = bool(self.attributes.get("synthetic", False))
         dx, dy = (_spacing(self.path, file, f"{axis}-coordinate", {n}) for axis, n in zip("xy", grid, strict=True))
         self.spacing = (dx, dy)
         times = {self.num_snapshots, self.num_snapshots + 1}
         from_times = _spacing(self.path, file, "t-coordinate", times)
-        self.dt_save = float(self.attributes.get("dt_save", from_times))
+        dt_save = self.attributes.get("dt_save", from_times)
+        if not isinstance(dt_save, int | float):
+            raise ValueError(f"{self.path}: dt_save = {dt_save!r}; expected the time between two snapshots")
+        self.dt_save = float(dt_save)
 
     def velocity(self, trajectory: int, snapshot: int) -> tuple[np.ndarray, np.ndarray]:
         """(u, v) of one snapshot, each `(X, Y)` float32, in length / time.
@@ -128,13 +136,8 @@ class FieldFile:
             if not 0 <= value < count:
                 raise ValueError(f"{self.path}: {name} {value} does not exist; it has {count}, from 0 on")
         file = self._opened()
-        try:
+        with reading(self.path, f"trajectory {trajectory}, snapshot {snapshot}"):
             u, v = (file[key][trajectory, snapshot].astype(np.float32, copy=False) for key in ("Vx", "Vy"))
-        except OSError as error:
-            raise OSError(
-                f"{self.path}: trajectory {trajectory}, snapshot {snapshot} cannot be read ({error}); the file is "
-                "damaged, fetch or generate it again"
-            ) from error
         if not (np.isfinite(u).all() and np.isfinite(v).all()):
             raise ValueError(
                 f"{self.path}: trajectory {trajectory}, snapshot {snapshot} is not finite everywhere; leave the "
@@ -204,12 +207,14 @@ def _open(path: Path) -> h5py.File:
 
 
 def _spacing(path: Path, file: h5py.File, key: str, counts: set[int]) -> float:
-    values = file[key][()].astype(np.float64)
-    if values.ndim != 1 or len(values) not in counts:
+    shape = file[key].shape
+    if len(shape) != 1 or shape[0] not in counts:
         expected = " or ".join(map(str, sorted(counts)))
         raise ValueError(
-            f"{path}: {key} has shape {values.shape}, but Vx has shape {file['Vx'].shape}; expected {expected} entries"
+            f"{path}: {key} has shape {shape}, but Vx has shape {file['Vx'].shape}; expected {expected} entries"
         )
+    check_stored(file[key], shape)
+    values = file[key][()].astype(np.float64)
     steps = np.diff(values)
     step = steps.mean() if len(steps) else 1.0
     if not (step > 0 and np.allclose(steps, step, rtol=1e-2)):

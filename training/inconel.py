@@ -30,6 +30,8 @@ from scipy.spatial import KDTree
 from sklearn.model_selection import LeaveOneGroupOut, ShuffleSplit
 from tqdm.auto import tqdm
 
+from training.hdf5_files import check_stored, numbers, reading
+
 Split = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Row numbers to train on and to test on."""
 
@@ -139,7 +141,7 @@ def read_scalograms(folder: str | Path, table: InconelTable, size: int = 64) -> 
                         f"{PICTURE_SIZE[0]} x {PICTURE_SIZE[1]}, of which a known frame is cut off."
                     )
                 colours = np.asarray(picture.convert("RGB").crop(INSIDE)) // COLOUR_STEP
-        except OSError as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as a picture: {error}; copy it again.") from error
         red, green, blue = np.moveaxis(colours, -1, 0)
         scalograms[row] = shrink(_values_of_colours()[red, green, blue], size).ravel()
@@ -156,7 +158,7 @@ def read_bins(folder: str | Path, table: InconelTable) -> NDArray[np.float64]:
     with _opened(path) as file:
         if missing := [name for name in table.names if name not in file]:
             raise ValueError(f"{path} has no point {_listed(missing)}; take these out of the table or copy it again.")
-        counts = [file[name][:].astype(np.float64) for name in table.names]
+        counts = [_values(file, name) for name in table.names]
     if len({of_point.shape for of_point in counts}) != 1:
         raise ValueError(f"the points of {path} have different numbers of intervals; copy it again.")
     return np.stack(counts)
@@ -176,7 +178,7 @@ def read_histories(folder: str | Path) -> dict[str, NDArray[np.float64]]:
             continue
         with _opened(path) as file:
             for point in sorted(file):
-                history = file[point][:].astype(np.float64)
+                history = _values(file, point)
                 if history.ndim != 1 or not np.isfinite(history).all():
                     raise ValueError(f"{path}: the series of point {point!r} is not a row of finite numbers.")
                 histories[f"{int(number[1])}_{point}"] = (history - 32) / 1.8
@@ -312,6 +314,15 @@ def _opened(path: Path) -> h5py.File:
     if not h5py.is_hdf5(path):
         raise ValueError(f"{path} is not an HDF5 file; copy it again.")
     return h5py.File(path, "r")
+
+
+def _values(file: h5py.File, name: str) -> NDArray[np.float64]:
+    with reading(Path(file.filename), f"point {name!r}"):
+        stored = numbers(file, name)
+        if stored is None or not stored.shape:
+            raise ValueError(f"{file.filename}: point {name!r} is no array; copy it again.")
+        check_stored(stored, stored.shape)
+        return stored[:].astype(np.float64)
 
 
 def _positive(text: str | None, where: str) -> float:

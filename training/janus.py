@@ -2,6 +2,7 @@
 
     python -m training.janus --config training/configs/janus_cpu.yaml --out runs/janus/model [--section.key value ...]
     accelerate launch -m training.janus --config training/configs/janus_64.yaml --out runs/janus/model_64
+    ACCELERATE_USE_CPU=true accelerate launch --config_file training/configs/multi_cpu.yaml -m training.janus ...
 
 The autoencoder and the head are trained together by AdamW; the learning rate rises linearly and falls along a cosine.
 Then the model is given what the inversion needs to know: the codes of the training cells, and their shared boundary.
@@ -34,6 +35,7 @@ from leviathan.janus.cells import FREE
 from leviathan.janus.configuration import PHYSICS, STATISTICS, SnaJanusConfig
 from leviathan.janus.modeling import CELLS_AT_ONCE, SnaJanusModel
 from sna_core.network import check_counts
+from training.launching import check_joined
 from training.microstructure_data import SPLITS, load_set, split_of
 from training.provenance import provenance, relative, write_json
 from training.settings import Settings, read_settings
@@ -210,8 +212,8 @@ def run(settings: Settings, out: str | Path, progress: bool = True) -> dict[str,
         progress: Whether to show a bar.
 
     Raises:
-        ValueError: On settings that do not fit each other or the data, a folder that holds another model, or a loss
-            that is no longer finite.
+        ValueError: On settings that do not fit each other or the data, a folder that holds another model, processes
+            that do not know of each other, or a loss that is no longer finite.
         OSError: If the data cannot be read.
     """
     out, given = Path(out), TRAINING | settings["training"]
@@ -221,6 +223,7 @@ def run(settings: Settings, out: str | Path, progress: bool = True) -> dict[str,
         mixed_precision=given["mixed_precision"],
         dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False),
     )
+    check_joined(accelerator.num_processes)
     if given["batch_size"] % accelerator.num_processes:
         raise ValueError(
             f"training.batch_size = {given['batch_size']}; expected a multiple of the {accelerator.num_processes} "

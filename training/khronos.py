@@ -2,13 +2,13 @@
 
     python -m training.khronos --data table.csv --target y --out runs/khronos [--rank 8 --num-cells 16]
     accelerate launch -m training.khronos --data table.parquet --target y z --out runs/khronos --method gradient
+    ACCELERATE_USE_CPU=true accelerate launch --config_file training/configs/multi_cpu.yaml -m training.khronos ...
 
 Alternating least squares minimise squares, in one process that holds x and y in memory. Gradients take any loss, and
 any number of rows and processes: minibatches are read from a file.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from leviathan.khronos import KhronosConfig, KhronosForClassification, KhronosMo
 from leviathan.khronos.tables import ROWS_AT_ONCE
 from sna_core import als
 from sna_core.local_sum import check_points
+from training.launching import check_joined
 from training.provenance import provenance, relative, write_json
 from training.tables import READERS, Rows, Table, read_table
 
@@ -224,12 +225,7 @@ class _Shuffle(Sampler):
 def _accelerator() -> Accelerator:
     """Shares each batch out among the processes, and leaves none of a loader's rows to come twice."""
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False))
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched and {accelerator.num_processes} joined: each would train alone. On "
-            "CPUs launch them with accelerate launch --cpu."
-        )
+    check_joined(accelerator.num_processes)
     return accelerator
 
 
@@ -415,6 +411,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         "inputs": table.inputs,
         "targets": table.targets,
         "num_parameters": model.num_fitted,
+        "num_processes": accelerator.num_processes,
         "result": {name: each.tolist() if isinstance(each, Tensor) else each for name, each in vars(result).items()},
         "training": errors(accelerator, model, rows, table.targets),
         "validation": held_out and errors(accelerator, model, held_out, table.targets),

@@ -30,6 +30,7 @@ from training.microstructure_data import Cells, label, write_set
 from training.microstructures import KINDS, add_physics, summary, take_physics
 
 NUM_SAMPLES = 16  # files that are looked into before the others
+MAX_CELLS = 10**7  # that count.json may speak of
 VOXEL_FILE = re.compile(r"(\d+)voxel(\.\w+)?")
 SPELLINGS = {"vf": "volume_fraction", "volume fraction": "volume_fraction", "volumefraction": "volume_fraction"}
 ID_COLUMNS = ("id", "index", "name", "cell")
@@ -343,7 +344,7 @@ def _block_sums(values: np.ndarray, resolution: int) -> np.ndarray:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again.") from error
 
 
@@ -357,6 +358,8 @@ def _expected(root: Path, identities: Sequence[int], notes: list[str]) -> tuple[
     if isinstance(content, dict) and isinstance(content.get("count"), int):
         content = content["count"]
     if isinstance(content, int) and not isinstance(content, bool):
+        if not 0 <= content <= MAX_CELLS:
+            raise ValueError(f"{path} speaks of {content} cells; expected up to {MAX_CELLS}. Download it again.")
         start = 0 if identities[0] == 0 else 1
         expected = range(start, start + content)
     else:

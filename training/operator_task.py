@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import OptimizerNames
 
 from leviathan import FieldTokenizer
@@ -100,10 +101,19 @@ class OperatorPairs(Dataset):
 
 
 class OperatorTrainer(FieldTrainer):
-    """The loop with AdamW on all parameters alike, pushforward and, in evaluation, predictions."""
+    """The loop with AdamW on all parameters alike, pushforward and, in evaluation, predictions.
+
+    Raises:
+        ValueError: If the launcher shards parameters, which are not whole where predictions are made.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "an operator is not trained with sharded parameters; launch it with training/configs/multi_gpu.yaml, "
+                "or on CPUs with multi_cpu.yaml."
+            )
         set_seed(self.args.seed, device_specific=True)  # or else all processes would diffuse with the same noise
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:

@@ -11,6 +11,11 @@ import yaml
 
 Settings = dict[str, dict[str, Any]]
 
+MAX_BYTES = 2**20
+MAX_NODES = 100_000
+# What PyYAML raises where a value does not fit the type that is written before it.
+UNREADABLE = (AttributeError, IndexError, KeyError, OverflowError, TypeError)
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `no` as a truth value and 3e-4 as a string; here, as in YAML 1.2, they are what they look like."""
@@ -31,13 +36,46 @@ def load_yaml(path: str | Path) -> Any:
     """What a YAML file holds: plain values alone.
 
     Raises:
-        ValueError: If it is no YAML, or names Python objects.
+        ValueError: If it is no YAML, or names Python objects, or is larger than settings are.
         OSError: If it cannot be read.
     """
+    path = Path(path)
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path} has {size} bytes; expected settings, of {MAX_BYTES} at most.")
+    return _parsed(path.read_text(encoding="utf-8"), str(path))
+
+
+def _parsed(text: str, where: str) -> Any:
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506 -- a SafeLoader
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if (size := _written_out(node, {})) > MAX_NODES:
+                raise ValueError(
+                    f"{where} holds {size} values once its references are written out; expected at most {MAX_NODES}."
+                )
+            try:
+                return loader.construct_document(node)
+            except UNREADABLE as error:
+                raise ValueError(f"{where} has a value that is none of its !!type ({error}).") from error
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise ValueError(f"{where} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deeply, or in itself.") from error
+
+
+def _written_out(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """Values in a node, where each reference to another counts as a copy of it: a few lines can stand for billions."""
+    if node not in known:
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        known[node] = 1 + sum(
+            _written_out(each, known) for entry in inner for each in (entry if isinstance(entry, tuple) else (entry,))
+        )
+    return known[node]
 
 
 def read_settings(path: str | Path, flags: Sequence[str], allowed: Mapping[str, Collection[str]]) -> Settings:
@@ -61,22 +99,20 @@ def read_settings(path: str | Path, flags: Sequence[str], allowed: Mapping[str, 
         raise ValueError(f"{path} holds {type(content).__name__}; expected sections {', '.join(allowed)}.")
     for section, values in content.items():
         if not isinstance(values, dict):
-            raise ValueError(f"{path}: {section} holds {values!r}; expected a section of keys.")
+            raise ValueError(f"{path}: {section} holds {values!r:.80}; expected a section of keys.")
         for key, value in values.items():
             settings[_known(section, allowed, str(path))][_known(key, allowed[section], f"{path}: {section}")] = value
     for name, text in _pairs(flags):
         section, _, key = name.partition(".")
-        settings[_known(section, allowed, f"--{name}")][_known(key, allowed[section], f"--{name}")] = yaml.load(
-            text,
-            _Loader,  # noqa: S506
-        )
+        place = settings[_known(section, allowed, f"--{name}")]
+        place[_known(key, allowed[section], f"--{name}")] = _parsed(text, f"--{name}")
     return settings
 
 
 def _known(name: str, names: Collection[str], where: str) -> str:
     if name in names:
         return name
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(str(name), names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(names))}."
     raise ValueError(f"{where}: unknown key {name!r}; {hint}")
 

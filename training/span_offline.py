@@ -2,7 +2,7 @@
 
     python -m training.span_offline --config training/configs/span_offline.yaml [--out folder] [--section.key value ...]
     accelerate launch -m training.span_offline --config training/configs/span_offline.yaml
-    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m training.span_offline --config ...  # processes without GPUs
+    ACCELERATE_USE_CPU=true accelerate launch --config_file training/configs/multi_cpu.yaml -m training.span_offline ...
 
 One algorithm, one kind of network, one data set and one seed. Writes `model.safetensors` and `record.json`: settings,
 returns at each evaluation, losses, sizes and times. A record of the same settings that is there already is kept.
@@ -10,7 +10,6 @@ returns at each evaluation, losses, sizes and times. A record of the same settin
 
 import argparse
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from training.launching import check_joined
 from training.offline import ALGORITHMS, Batch, OfflineAlgorithm, Policy
 from training.offline_data import (
     Transitions,
@@ -448,12 +448,7 @@ def load_algorithm(
 
 def _accelerator() -> Accelerator:
     accelerator = Accelerator(mixed_precision="no")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched and {accelerator.num_processes} joined: each would train alone. On "
-            "CPUs launch them by torchrun, with ACCELERATE_USE_CPU=true in the environment."
-        )
+    check_joined(accelerator.num_processes)
     return accelerator
 
 

@@ -1,8 +1,11 @@
 """Tables of numbers on disk, of any length: CSV and Parquet, and NPZ that fit the memory, as tensors in a file."""
 
 import csv
+import math
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
+
+# What zipfile raises on a file that is damaged, encrypted or packed in ways that it does not know.
+DAMAGED_ARRAYS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError)
+LARGEST_RATIO = 1032  # of deflate: no zip file unpacks to more bytes for each of its own
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,9 @@ def read_table(path: str | Path, targets: Sequence[str], inputs: Sequence[str] |
             raise ValueError(f"no columns are left as inputs: {path} has {', '.join(names)}.")
         _check_columns(path, reader.numeric, [*inputs, *targets])
         values = _gather(path, reader, [*inputs, *targets])
-    except (pa.ArrowInvalid, zipfile.BadZipFile) as error:
+    except (pa.ArrowException, *DAMAGED_ARRAYS) as error:
+        if isinstance(error, MemoryError):  # of Arrow's too
+            raise
         raise ValueError(f"{path} cannot be read as a table of numbers: {error}") from error
     return Table(tuple(inputs), tuple(targets), values[:, : len(inputs)], values[:, len(inputs) :])
 
@@ -165,6 +174,7 @@ class _Parquet:
 class _NPZ:
     def __init__(self, path: Path):
         self.columns = {}
+        _check_arrays(path)
         with np.load(path, allow_pickle=False) as arrays:
             for name, array in arrays.items():
                 if array.ndim == 1:
@@ -180,6 +190,22 @@ class _NPZ:
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the columns have different lengths: {lengths}; expected one value for each row.")
         yield np.stack([self.columns[name] for name in names], axis=1).astype(np.float64)
+
+
+def _check_arrays(path: Path) -> None:
+    """Refuses arrays that claim more values than the file can hold, before numpy makes room for them."""
+    room = path.stat().st_size * LARGEST_RATIO
+    with zipfile.ZipFile(path) as file:
+        for entry in file.infolist():
+            with file.open(entry) as member:
+                version = np.lib.format.read_magic(member)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, kind = read(member)
+            if (size := math.prod(shape) * kind.itemsize) > room:
+                raise ValueError(
+                    f"{path} has {path.stat().st_size} bytes and claims {size} in its array {entry.filename}: more "
+                    "than any compression makes of it. Copy it again."
+                )
 
 
 READERS = {".csv": _CSV, ".parquet": _Parquet, ".npz": _NPZ}

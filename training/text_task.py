@@ -21,7 +21,7 @@ from training.settings import Settings
 from training.text import TextSettings, TextStream, validation_sequences
 from training.token_order import load_order
 from training.tokenizer import load_tokenizer, num_ids
-from training.trainer import LeviathanTrainer, TrainingSettings, marginal_entropy
+from training.trainer import LeviathanTrainer, TrainingSettings, heedless_workers, marginal_entropy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,12 @@ class TextTrainer(LeviathanTrainer):
         super().__init__(*args, **kwargs)
         self.counts = torch.zeros(self.model.config.vocab_size, dtype=torch.int64)
         self.seconds_waited = 0.0
+        self._random_state_of: Path | None = None  # a checkpoint
 
     def get_train_dataloader(self) -> DataLoader:
         """A plain loader: one prepared by accelerate would thin out a share once more."""
         args = self.args
-        return DataLoader(
+        loader = DataLoader(
             self.train_dataset,
             batch_size=args.per_device_train_batch_size,
             collate_fn=self.data_collator,
@@ -62,12 +63,16 @@ class TextTrainer(LeviathanTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
         )
+        return heedless_workers(loader)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As in transformers; measures the wait."""
         begin = time.perf_counter()
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.seconds_waited += time.perf_counter() - begin
+        if self._random_state_of is not None:  # restored before, but a loader that starts draws a number
+            self._load_rng_state(str(self._random_state_of))
+            self._random_state_of = None
         return batches
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -84,12 +89,11 @@ class TextTrainer(LeviathanTrainer):
         output.metrics[f"{prefix}_perplexity"] = float(torch.tensor(output.metrics[f"{prefix}_loss"]).exp())
         return output
 
-    def _save_rng_state(self, output_dir: str) -> None:  # of each process, and before the state that ends a checkpoint
+    def _save_rng_state(self, output_dir: str) -> None:  # of each process
         super()._save_rng_state(output_dir)
         stream, counts = _state_files(Path(output_dir), self.args.process_index)
         write_text(stream, json.dumps(self.train_dataset.state_dict()))
         save_file({"counts": self.counts}, counts)
-        self.accelerator.wait_for_everyone()  # what one process writes next says that the checkpoint of all is whole
 
     def resume_data(self, checkpoint: Path) -> None:
         """Goes on where this process stood.
@@ -97,12 +101,18 @@ class TextTrainer(LeviathanTrainer):
         Raises:
             ValueError: If the checkpoint has no such place.
         """
+        super().resume_data(checkpoint)
         stream, counts = _state_files(checkpoint, self.args.process_index)
         if not stream.exists():
             raise ValueError(f"{checkpoint} does not say where the text stands ({stream.name}); start anew.")
         self.train_dataset.load_state_dict(json.loads(stream.read_text(encoding="utf-8")))
         self.counts = load_file(counts)["counts"]
         self.args.ignore_data_skip = True  # the stream itself goes on, without reading what was read
+        self._random_state_of = checkpoint
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.state.epoch = self.state.global_step / self.state.max_steps  # the loop's is that since the last start
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers, with `token_counts.safetensors` beside a finished model."""
@@ -110,7 +120,10 @@ class TextTrainer(LeviathanTrainer):
         if not _internal_call:
             counts = self.accelerator.reduce(self.counts.to(self.args.device)).cpu()
             if self.is_world_process_zero():
-                save_file({"counts": counts}, Path(output_dir or self.args.output_dir) / "token_counts.safetensors")
+                path = Path(output_dir or self.args.output_dir) / "token_counts.safetensors"
+                partial = path.with_name(path.name + ".partial")
+                save_file({"counts": counts}, partial)
+                partial.replace(path)
 
     def report(self) -> dict[str, Any]:
         """Seconds that the model waited for text, since the last start; documents left out, of those read so far.
@@ -120,7 +133,8 @@ class TextTrainer(LeviathanTrainer):
         found = self.train_dataset.left_out()
         counts = torch.tensor([found["num_broken"], found["num_empty"]], device=self.args.device)
         broken, empty = self.accelerator.reduce(counts).tolist()
-        return {"seconds_waited_for_data": self.seconds_waited, "documents_broken": broken, "documents_empty": empty}
+        own = {"seconds_waited_for_data": self.seconds_waited, "documents_broken": broken, "documents_empty": empty}
+        return super().report() | own
 
 
 def _state_files(checkpoint: Path, process: int) -> tuple[Path, Path]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from sna_core.digits import digit_layout, to_digits
+from sna_core.digits import MOST_DIGITS, digit_layout, to_digits
 from training.assignment import CONTROLS, Method, assign, order_quality
 from training.provenance import provenance, relative, write_json
 from training.settings import read_settings
@@ -242,7 +242,7 @@ def load_order(path: str | Path, vocab_size: int) -> TokenOrder:
         with safe_open(path, "pt") as file:
             order, rows = file.get_tensor("order"), file.get_tensor("factors")
             settings = json.loads((file.metadata() or {}).get("settings", "{}"))
-    except SafetensorError as error:
+    except (SafetensorError, RecursionError) as error:
         raise ValueError(f"{path} is no order of `training.token_order` ({error}); make it again.") from error
     if order.dtype != torch.int64 or order.shape != (vocab_size,):
         raise ValueError(
@@ -254,12 +254,21 @@ def load_order(path: str | Path, vocab_size: int) -> TokenOrder:
             f"{path}: factors have shape {tuple(rows.shape)} and dtype {rows.dtype}; expected ({vocab_size}, d) of "
             "floating-point numbers. Make the file again."
         )
-    num_positions = settings["base"] ** settings["num_digits"] if settings else math.inf
+    num_positions = _num_positions(settings, path) if settings else math.inf
     if len(outside := order[(order < 0) | (order >= num_positions)]):
         raise ValueError(f"{path}: position {int(outside[0])} lies outside [0, {num_positions}); make the file again.")
     if len(order.unique()) < vocab_size:
         raise ValueError(f"{path} gives two tokens the same position; make the file again.")
     return TokenOrder(order, rows)
+
+
+def _num_positions(settings: Any, path: str | Path) -> int:
+    told = (settings.get("base"), settings.get("num_digits")) if isinstance(settings, dict) else (None, None)
+    if not all(isinstance(number, int) for number in told) or not (
+        2 <= told[0] < 2**63 and 1 <= told[1] <= MOST_DIGITS
+    ):
+        raise ValueError(f"{path} speaks of (base, num_digits) = {told!s:.80}; expected those of ids. Make it again.")
+    return told[0] ** told[1]
 
 
 def examples(

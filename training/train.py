@@ -7,28 +7,39 @@
 A config has four sections: `data`, `tokenizer` and `model`, whose keys are those of the task that `data.kind` names
 (`fields`: training/field_task.py, `text`: training/text_task.py, `operators`: training/operator_task.py), and
 `training` (transformers.TrainingArguments and what training.trainer.TrainingSettings adds). The loop, mixed precision,
-accumulation, checkpoints, resume and trackers are transformers' Trainer's.
+accumulation and trackers are transformers' Trainer's.
+
+With `--training.resume_from_checkpoint true` a command may be given again and again, until the run is done: it begins,
+goes on from the newest checkpoint that is whole (training/checkpoints.py), or says that it is trained already. On CPUs
+in float32 a run that was killed, at any moment, and went on equals one that was not, to the bit. SIGTERM ends it after
+the step, with a checkpoint, and exit code 143 = 128 + 15, which is that of a process ended by this signal: zero would
+tell a scheduler that the run is done. Send it to the training process or to all of its group: `accelerate launch` does
+not pass it on.
 """
 
 import dataclasses
 import difflib
 import json
-import shutil
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Callable, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel, set_seed
 
+from training.checkpoints import clear_partial, differences, newest_whole, step_of
 from training.field_task import FieldTask
 from training.operator_task import OperatorTask
 from training.provenance import provenance, write_json
 from training.settings import Settings, parse_arguments
 from training.text_task import TextTask
-from training.trainer import JsonLog, LeviathanTrainer, TrainingSettings, build_arguments
+from training.trainer import JsonLog, LeviathanTrainer, TrainingSettings, build_arguments, ending_on_termination
 
 Task = FieldTask | OperatorTask | TextTask
 TASKS: dict[str, type[Task]] = {"fields": FieldTask, "text": TextTask, "operators": OperatorTask}
@@ -107,19 +118,12 @@ def record_of(settings: Settings, parts: Parts) -> dict[str, Any]:
     return {"settings": settings, "num_processes": parts.args.world_size, "data": parts.task.record()}
 
 
-def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """The dotted names of the entries in which two records, nested dicts, differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(before.keys() | now.keys())
-        return [d for key in keys for d in differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if before == now else [name]
-
-
 def check_resume(output: Path, record: dict[str, Any], resume: bool) -> Path | None:
-    """The newest whole checkpoint to go on from, if any; one whose writing was interrupted is deleted.
+    """The newest whole checkpoint to go on from, if any; see `training.checkpoints.newest_whole`.
 
     Raises:
-        ValueError: If the folder holds something that must not be overwritten, or a run with another record.
+        ValueError: If the folder holds something that must not be overwritten, a run with another record, or
+            checkpoints of which none can be used.
     """
     written = output / "run.json"
     if not written.exists():
@@ -131,17 +135,35 @@ def check_resume(output: Path, record: dict[str, Any], resume: bool) -> Path | N
             f"{output} holds a run already; go on with --training.resume_from_checkpoint true, or choose another "
             "--training.output_dir."
         )
-    if differ := differences(json.loads(written.read_text()), record):
+    try:
+        before = json.loads(written.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{written} is damaged ({error}); write it anew from `run` in a checkpoint's manifest.json, or delete the "
+            "folder."
+        ) from error
+    if differ := differences(before, record):
         raise ValueError(
             f"{output} was trained with other settings or data ({', '.join(differ)}); restore them, delete the "
             "folder or choose another --training.output_dir."
         )
-    checkpoints = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
-    for checkpoint in reversed(checkpoints):
-        if (checkpoint / "trainer_state.json").exists():  # the Trainer writes it last
-            return checkpoint
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    return None
+    if (output / "training.json").exists():  # it is done
+        return None
+    return newest_whole(output, record)
+
+
+def told_by_main(function: Callable[[], Any]) -> Any:
+    """What ``function`` returns on the main process, on all processes; or its ValueError."""
+    told: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            told = [function()]
+        except ValueError as error:
+            told = [error]
+    (result,) = broadcast_object_list(told)
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def finish(
@@ -154,7 +176,7 @@ def finish(
     args, task, steps = parts.args, parts.task, trainer.state.global_step
     parts.model.config.use_cache = True  # the Trainer turned it off
     trainer.save_model(args.output_dir)
-    (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle; training.json says it all
+    trainer.rotate_checkpoints()  # the process that wrote the last one may have been killed before it did
     validation = [
         {"step": row["step"]}
         | {k.removeprefix("eval_"): v if isfinite(v) else None for k, v in row.items() if k.startswith("eval_")}
@@ -185,7 +207,8 @@ def run(settings: Settings, dry_run: bool = False) -> dict[str, Any]:
 
     Raises:
         ValueError: On settings that do not fit each other or the data, or a folder that must not be overwritten.
-        OSError: If the data cannot be read.
+        OSError: If the data cannot be read, or a checkpoint cannot be written.
+        SystemExit: If SIGTERM ended the run after a step.
     """
     if dry_run:
         return plan(settings)
@@ -197,7 +220,7 @@ def run(settings: Settings, dry_run: bool = False) -> dict[str, Any]:
     parts = build(settings)
     args, task, output = parts.args, parts.task, Path(parts.args.output_dir)
     record = record_of(settings, parts)
-    checkpoint = check_resume(output, record, str(resume).lower() == "true")
+    checkpoint = told_by_main(lambda: check_resume(output, record, str(resume).lower() == "true"))
     if (output / "training.json").exists():
         print(f"{output}: trained already; delete the folder to train again")
         return json.loads((output / "training.json").read_text())
@@ -210,16 +233,27 @@ def run(settings: Settings, dry_run: bool = False) -> dict[str, Any]:
         callbacks=[JsonLog(output / "log.jsonl")],
         **task.trainer_options(),
     )
-    if trainer.is_fsdp_enabled:
-        raise ValueError("evaluation goes past the sharded root of FSDP; use DDP or DeepSpeed (deepspeed_zero2.yaml).")
     report = task.describe(parts.model) | task.references()
     trainer.accelerator.wait_for_everyone()  # all have looked at the folder before one writes to it
     if trainer.is_world_process_zero():
+        clear_partial(output)
         write_json(output / "run.json", record)
-    first = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
+    trainer.accelerator.wait_for_everyone()
+    trainer.record = record
+    first = step_of(checkpoint) if checkpoint else 0
     if checkpoint:
         trainer.resume_data(checkpoint)
-    seconds = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics["train_runtime"]
+    with ending_on_termination(trainer):
+        trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.ended:
+        if trainer.is_world_process_zero():
+            print(
+                f"SIGTERM: ended after step {trainer.state.global_step} of {args.max_steps}, with a checkpoint; go on "
+                "with --training.resume_from_checkpoint true",
+                file=sys.stderr,
+            )
+        raise SystemExit(128 + signal.SIGTERM)
+    seconds = trained.metrics["train_runtime"]
     return finish(trainer, parts, report, seconds, first)
 
 
