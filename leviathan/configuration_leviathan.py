@@ -17,7 +17,9 @@ import inspect
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sna_core.digits import digit_layout
 from sna_core.embedding import VARIANTS, CodebookEmbedding, LowRankEmbedding, SeparableEmbedding
@@ -179,11 +181,27 @@ class LeviathanConfig(PreTrainedConfig):
             defaults |= VARIANTS.get(self.embedding_variant or defaults["variant"], {})
         return {name: default for name, default in defaults.items() if hasattr(self, f"embedding_{name}")}
 
+    def validate_rope(self) -> None:
+        """Part of `@strict`-powered validation. As in transformers, which only warns of much that cannot be built."""
+        given: Any = self.rope_parameters or {}
+        kind, theta = given.get("rope_type", "default"), given.get("rope_theta", 1.0)
+        if not isinstance(kind, str) or kind not in {"default", *ROPE_INIT_FUNCTIONS}:
+            expected = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+            raise ValueError(f"rope_parameters has rope_type = {kind!r:.80}; expected one of {expected}.")
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < float("inf"):
+            raise ValueError(f"rope_parameters has rope_theta = {theta!r:.80}; expected a number above 0.")
+        try:
+            super().validate_rope()
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"rope_parameters = {given!r:.200} cannot be used: {error}") from error
+
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation. Validates the architecture of the config."""
         for name in ("hidden_size", "intermediate_size", "num_key_value_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected at least 1.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act = {self.hidden_act!r:.80}; expected one of {', '.join(sorted(ACT2FN))}.")
         hidden = {"hidden_size": self.hidden_size}
         check_weights(**hidden, vocab_size=self.vocab_size)
         check_weights(**hidden, intermediate_size=self.intermediate_size)

@@ -28,7 +28,7 @@ from sna_core.digits import digit_layout
 Fields = np.ndarray | torch.Tensor
 SameFields = TypeVar("SameFields", np.ndarray, torch.Tensor)  # what comes in as numpy or torch goes out as that
 LARGEST_PATCH = 4096  # side, of which the order of pixels is written out
-LARGEST_NUMBER = 1e308  # of a range, whose width must be a number too
+LARGEST_NUMBER = 1e308  # of an integer that is to become a floating-point number
 LARGEST_SCALE = 8  # of fields against a model's data, or the inverse: flows decay, units differ by more
 
 
@@ -164,8 +164,10 @@ class FieldTokenizer(FeatureExtractionMixin):
             if not isinstance(count, Integral) or isinstance(count, bool):
                 raise ValueError(f"{name} = {count!r:.80}; expected an integer.")
         for name, value in {"low": low, "high": high, "rms": rms}.items():
-            if value is not None and not (isinstance(value, Real) and abs(value) < LARGEST_NUMBER):
-                raise ValueError(f"{name} = {value!r:.80}; expected a finite number or None.")
+            if value is not None and not (
+                isinstance(value, Real) and (isinstance(value, float) or abs(value) < LARGEST_NUMBER)
+            ):
+                raise ValueError(f"{name} = {value!r:.80}; expected a number or None.")
         if not 1 <= patch_size <= LARGEST_PATCH:
             raise ValueError(f"patch_size = {patch_size}; expected at least 1, and at most {LARGEST_PATCH}.")
         if not 1 <= num_bits <= 24:

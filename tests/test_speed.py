@@ -87,6 +87,7 @@ def test_every_figure_of_the_issue_has_its_target(short_run):
         ("attention", 2.2),
         ("head", 3),
         ("rollout", 5),
+        ("imports", 1.2),
     }
 
 

@@ -317,7 +317,7 @@ def test_command(tmp_path, capsys):
     assert "2 flows, rms vorticity" in line
     assert "pixels per snapshot" in line
     attributes = contents(out)
-    assert attributes["@forcing"] == "band"
+    assert attributes["@forcing"] == b"band"  # of fixed length, see training.hdf5_files
     assert attributes["@warm_up_time"] == 0.01
     with pytest.raises(SystemExit) as caught:
         turbulence.main([*arguments, "--seed", "3"])

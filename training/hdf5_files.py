@@ -64,16 +64,28 @@ def check_stored(dataset: h5py.Dataset, shape: tuple[int, ...]) -> None:
 def attributes(file: h5py.File) -> dict[str, Any]:
     """The file's attributes, as Python's numbers, strings and lists.
 
+    What has no length of its own, such as text of variable length, is left out: it lies in a heap, in which HDF5's
+    library can run in circles for ever if the file is damaged. Write text as :func:`text` makes it.
+
     Raises:
         ValueError: If one is larger than the file.
     """
     found, room = {}, Path(file.filename).stat().st_size
     for name in file.attrs:
         stored = file.attrs.get_id(name)
-        size = int(np.prod(stored.shape or (), dtype=object)) * stored.get_type().get_size()
+        kind = stored.get_type()
+        if kind.detect_class(h5py.h5t.VLEN) or (kind.detect_class(h5py.h5t.STRING) and kind.is_variable_str()):
+            continue
+        size = int(np.prod(stored.shape or (), dtype=object)) * kind.get_size()
         if size > room:
             raise ValueError(f"{file.filename} has {room} bytes and claims {size} in its attribute {name!r}.")
         value = file.attrs[name]
         key = name if isinstance(name, str) else name.decode(errors="replace")  # bytes where it is no UTF-8
-        found[key] = value.tolist() if hasattr(value, "tolist") else value
+        value = value.tolist() if hasattr(value, "tolist") else value
+        found[key] = value.decode(errors="replace") if isinstance(value, bytes) else value
     return found
+
+
+def text(value: Any) -> Any:
+    """A string as an attribute of fixed length, which :func:`attributes` reads; anything else as it is."""
+    return np.bytes_(value.encode()) if isinstance(value, str) else value

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from training.fields import FieldFile
+from training.hdf5_files import attributes, text
 
 # PDEBench's background state: ρ = 1 and p = ρ c² / γ with γ = 5/3 and sound speed c = 1 / M. An incompressible flow has
 # no use for either; they are written, as constants, for the programs that expect them.
@@ -343,7 +344,7 @@ def _open_partial(path: Path, settings: FlowSettings) -> h5py.File:
         except OSError as error:
             raise OSError(f"{path} is damaged or in use by another run ({error}); wait for it, or delete it") from error
         if file.attrs.get("num_finished") != 0:
-            _check_settings(path, file.attrs, settings)
+            _check_settings(path, attributes(file), settings)
             return file
         file.close()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -356,7 +357,7 @@ def _open_partial(path: Path, settings: FlowSettings) -> h5py.File:
     centres = (np.arange(settings.num_grid) + 0.5) / settings.num_grid
     file["x-coordinate"] = file["y-coordinate"] = centres.astype(np.float32)
     file.attrs.update(eta=settings.viscosity, zeta=0.0, M=MACH, synthetic=True, num_finished=0)
-    file.attrs.update(dataclasses.asdict(settings))
+    file.attrs.update({name: text(value) for name, value in dataclasses.asdict(settings).items()})
     file.flush()  # what is killed before its first flow is finished leaves a file that opens
     return file
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from eval.speed.cells import homogenization
 from eval.speed.embedding import embedding, embedding_batch, lookup
+from eval.speed.imports import imports
 from eval.speed.layers import attention, loss, splines
 from eval.speed.measure import CannotRunError, Section, Setup, measured_ceilings, precision_of
 from eval.speed.models import head, rollout, training_step
@@ -45,6 +46,7 @@ SECTIONS: dict[str, Callable[[Setup], Section]] = {
         rollout,
         splines,
         homogenization,
+        imports,
         roofline,
     )
 }
