@@ -59,7 +59,7 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, name, content=content))
     for path in sorted((ROOT / "model_cards").rglob("*")):
         if path.suffix in (".png", ".gif"):
-            files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
+            files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     for name in ("LICENSE", "Makefile"):
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 import leviathan
 from eval.card import commit, value
-from leviathan.repository import export
+from leviathan.bundling import PACKAGES, ROOT, flat_name
+from leviathan.repository import ENTRY, export
 from training.provenance import write_text
 
 LICENSE = Path(__file__).resolve().parent.parent / "LICENSE"
@@ -32,8 +34,13 @@ FILES = (
     *(CONFIG, "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja"),
 )
-# Of an earlier commit, where this one does not have them: they would be loaded, or mislead.
-STALE = ["*.safetensors", INDEX, "*.py"]
+# Of an earlier commit, where this one does not have them: they would be loaded, or mislead. Modules of others stay.
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+]
+STALE = ["*.safetensors", INDEX, *(f"{name}.py" for name in (ENTRY, *map(flat_name, MODULES)) if name)]
 PIPELINES = {"khronos": "tabular-regression", "sna": "tabular-regression", "span": "reinforcement-learning"}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 LOADED = re.compile(r'(from_pretrained\(|\bpath = )"[^"]+"')  # in code: where the model was when the card was written
@@ -80,9 +87,12 @@ def assemble(
         shutil.copyfile(model / name, out / name)
     text = card.read_text(encoding="utf-8")
     for link in _links(text):
-        source = card.parent / link
-        if not source.resolve().is_relative_to(card.parent.resolve()) or not source.is_file():
+        source, parts = card.parent / link, Path(link).parts
+        leads_out = ".." in parts or not source.resolve().is_relative_to(card.parent.resolve())
+        if leads_out or Path(link).is_absolute() or not source.is_file():
             raise ValueError(f"{card} links to {link}, which is no file beside it; write the card anew.")
+        if Path(link).as_posix() in chosen and not source.samefile(model / link):
+            raise ValueError(f"{card} links to {link}, which would take the place of the model's; rename it.")
         (out / link).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, out / link)
     config = _read(model / CONFIG)
@@ -101,23 +111,28 @@ def _chosen(model: Path) -> list[str]:
     """Names of the files in a model's folder that make it up."""
     if not (model / CONFIG).is_file():
         raise ValueError(f"{model} has no {CONFIG}; give a folder that save_pretrained has written.")
-    weights = [WHOLE]
+    tensors: dict[str, set[str]] = {WHOLE: set()}  # by file, those that the index says are there
     if not (model / WHOLE).is_file():
         if not (model / INDEX).is_file():
             raise ValueError(f"{model} has neither {WHOLE} nor {INDEX}; only weights in safetensors are published.")
-        weights = sorted(set(_read(model / INDEX)["weight_map"].values()))
-    for name in weights:
+        shards = _read(model / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{model / INDEX} has no weight_map of tensors and shards; save the model again.")
+        tensors = {str(name): {key for key, shard in shards.items() if shard == name} for name in shards.values()}
+    for name, expected in sorted(tensors.items()):
         if name != WHOLE and not SHARD.fullmatch(name):
             raise ValueError(
                 f"{model / INDEX} names {name!r}; expected shards beside it, model-00001-of-00002.safetensors."
             )
         try:
             with safe_open(model / name, "pt") as file:
-                file.keys()
+                missing = expected - set(file.keys())
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{model / name} is missing or not whole ({error}); save the model again.") from error
-    index = [] if weights == [WHOLE] else [INDEX]
-    return [name for name in FILES if (model / name).is_file()] + index + weights
+        if missing:
+            raise ValueError(f"{model / name} lacks {sorted(missing)[0]}, which {INDEX} says it has; save it again.")
+    index = [] if WHOLE in tensors else [INDEX]
+    return [name for name in FILES if (model / name).is_file()] + index + sorted(tensors)
 
 
 def _links(text: str) -> Iterable[str]:
@@ -135,7 +150,10 @@ def _readme(
     results: Path | None,
 ) -> str:
     """The card with the metadata of this model, the repository's id in its code, and a section on the repository."""
-    readme = ModelCard(text)
+    try:
+        readme = ModelCard(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the metadata of {card} are no YAML: {error}") from error
     if not readme.data.license:
         raise ValueError(f"{card} has no metadata with a license in front; write it with its command in eval.")
     readme.data.library_name = readme.data.library_name or "transformers"

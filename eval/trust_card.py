@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from eval.audit import summary
 from eval.markdown import bullets, table
 from training.provenance import write_text
 
@@ -31,31 +32,32 @@ numbers, place in the data) equal those of the unbroken run to the bit: **{recor
 
 def of_sharding(record: Record) -> str:
     """Samples that were lost or came twice, by ranks and workers."""
-    rows = [
-        (
-            row["data"] + (f", {row['offsets']} offsets" if "offsets" in row else ""),
-            row["ranks"],
-            row["workers"],
-            "yes" if row["resumed"] else "no",
-            row["samples"],
-            row["lost"],
-            row["doubled"],
-        )
-        for row in record["rows"]
-    ]
-    titles = ("data", "ranks", "workers", "resumed in the middle", "samples", "lost", "doubled")
-    return f"Every sample of an epoch counted, over all ranks and workers.\n\n{table(titles, rows)}"
+    totals: dict[tuple[str, int, int], list[int]] = {}
+    for row in record["rows"]:
+        data = row["data"] + (f", {row['offsets']} offsets" if "offsets" in row else "")
+        total = totals.setdefault((data, row["ranks"], row["workers"]), [0, 0, 0])
+        for place, name in enumerate(("samples", "lost", "doubled")):
+            total[place] += row[name]
+    lost, doubled = (sum(total[place] for total in totals.values()) for place in (1, 2))
+    titles = ("data", "ranks", "workers", "samples", "lost", "doubled")
+    return f"""Every sample of an epoch counted, over all ranks and workers, in one go and resumed in the middle: \
+**{lost} lost, {doubled} doubled**.
+
+{table(titles, ([*key, *total] for key, total in totals.items()))}"""
 
 
 def of_fuzz(record: Record) -> str:
     """What became of inputs that are no good."""
-    counts = ("inputs", "loaded", "refused", "crashes", "hangs", "memory")
+    counts = ("inputs", "loaded", "refused", "upstream", "crashes", "hangs", "memory")
     rows = [(row["target"], row["engine"], *(f"{row[name]:,}" for name in counts)) for row in record["rows"]]
-    return (
-        "Loaders fed with altered files. Refused is an error that the loader documents; a crash is any other, or a "
-        "signal; a hang and a blow-up of memory are beyond the limits that the command states.\n\n"
-        + table(("loader", "engine", "inputs", "loaded", "refused", "crashes", "hangs", "memory blow-ups"), rows)
-    )
+    totals = {name: sum(row[name] for row in record["rows"]) for name in counts}
+    broken = totals["crashes"] + totals["hangs"] + totals["memory"]
+    titles = ("loader", "inputs by", *counts[:-1], "memory blow-ups")
+    return f"""Loaders fed with {totals["inputs"]:,} altered files: **{broken} crashes, hangs and memory blow-ups**. \
+Refused is an error that the loader documents; upstream an ordinary exception that transformers' reader raises before \
+any code of ours runs; a crash is any other, or a signal; a hang and a blow-up are beyond the limits of `eval/fuzz.py`.
+
+{table(titles, rows)}"""
 
 
 def of_conformance(record: Record) -> str:
@@ -76,7 +78,7 @@ Expected not to hold:
 
 def of_audit(record: Record) -> str:
     """Known vulnerabilities and licences of the dependencies."""
-    return "\n\n".join(record["told"])
+    return f"```text\n{summary(record)}\n```"
 
 
 SECTIONS: dict[str, tuple[str, str, Callable[[Record], str]]] = {

@@ -72,7 +72,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+    elif name.isidentifier() and not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
         found = import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -56,12 +56,15 @@ def export(path: str | os.PathLike, *objects: Any, bundle_code: bool = False) ->
     for each in objects:
         if not hasattr(each, "save_pretrained"):
             raise ValueError(f"a {type(each).__name__} has no save_pretrained; give models, tokenizers, or extractors.")
-    if not objects and not any((folder / name).is_file() for name in (CONFIG, FEATURE_EXTRACTOR)):
-        raise ValueError(
-            f"{folder} has neither {CONFIG} nor {FEATURE_EXTRACTOR}: save a model there, or give one to export."
-        )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder.")
     for each in objects:
         each.save_pretrained(folder)
+    if (bundle_code or not objects) and not any((folder / name).is_file() for name in (CONFIG, FEATURE_EXTRACTOR)):
+        raise ValueError(
+            f"{folder} has neither {CONFIG} nor {FEATURE_EXTRACTOR}: save a model there, or give one to export; one "
+            "with an adapter is merged first (merge_and_unload)."
+        )
     classes = {CONFIG: _model_classes(folder), FEATURE_EXTRACTOR: _feature_extractor_classes(folder)}
     if bundle_code and not any(classes.values()):
         raise ValueError(f"{folder} holds classes of transformers alone, which load without code of ours.")
@@ -72,7 +75,7 @@ def export(path: str | os.PathLike, *objects: Any, bundle_code: bool = False) ->
     for module, source in written.items():
         _write(module, source)
     for name, group in classes.items():
-        if (folder / name).is_file():
+        if group:  # what is not ours keeps the code that it came with
             auto_map = {auto: f"{_entry(name, each)}.{each.__name__}" for auto, each in group.items()}
             _set_auto_map(folder / name, auto_map if bundle_code else {})
     _write_readme(folder, classes[CONFIG], section=bundle_code)
@@ -141,7 +144,10 @@ def _is_ours(module: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}; expected an object.")
+    return settings
 
 
 def _set_auto_map(path: Path, auto_map: dict[str, str]) -> None:
@@ -158,7 +164,7 @@ def _write_readme(folder: Path, classes: Mapping[str, type], section: bool) -> N
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     rest = re.sub(rf"{re.escape(begin)}.*?{re.escape(end)}", "", text, flags=re.DOTALL).rstrip()
     if section:
-        title = f"---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n\n# {folder.resolve().name}"
+        title = f"---\nlibrary_name: transformers\n---\n\n# {folder.resolve().name}"
         _write(path, f"{rest or title}\n\n{begin}{_remote_code_section(classes)}{end}")
     elif begin in text:
         _write(path, f"{rest}\n")

@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -53,6 +52,12 @@ def hilbert_order(size: int) -> np.ndarray:
         row, column = row + side * down, column + side * right
         rest, side = rest // 4, side * 2
     return row * size + column
+
+
+def _plain(number: Any) -> Any:
+    """Python's number of one of numpy's or torch's, which JSON does not take."""
+    is_scalar = isinstance(number, np.generic) or (isinstance(number, torch.Tensor) and number.ndim == 0)
+    return number.item() if is_scalar else number
 
 
 def to_windows(fields: SameFields, patch_size: int, margin: int = 0) -> SameFields:
@@ -160,13 +165,15 @@ class FieldTokenizer(FeatureExtractionMixin):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        patch_size, num_bits, base, margin, low, high, rms = map(
+            _plain, (patch_size, num_bits, base, margin, low, high, rms)
+        )
         for name, count in {"patch_size": patch_size, "num_bits": num_bits, "base": base, "margin": margin}.items():
-            if not isinstance(count, Integral) or isinstance(count, bool):
+            if not isinstance(count, int) or isinstance(count, bool):
                 raise ValueError(f"{name} = {count!r:.80}; expected an integer.")
         for name, value in {"low": low, "high": high, "rms": rms}.items():
-            if value is not None and not (
-                isinstance(value, Real) and (isinstance(value, float) or abs(value) < LARGEST_NUMBER)
-            ):
+            is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) < LARGEST_NUMBER)
+            if value is not None and not is_number:
                 raise ValueError(f"{name} = {value!r:.80}; expected a number or None.")
         if not 1 <= patch_size <= LARGEST_PATCH:
             raise ValueError(f"patch_size = {patch_size}; expected at least 1, and at most {LARGEST_PATCH}.")
@@ -368,7 +375,7 @@ class FieldTokenizer(FeatureExtractionMixin):
             )
 
     def _set_range(self, low: float, high: float) -> None:
-        if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        if not (low < high and np.isfinite(high - low)):
             raise ValueError(f"the range [{low}, {high}] is empty or not finite; a field needs two different values.")
         self.low, self.high = low, high
 

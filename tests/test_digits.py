@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,3 +38,9 @@ def test_reflected_low_digit_runs_backwards_under_an_odd_high_digit():
     plain, reflected = (to_digits(torch.tensor([0x00FF, 0x0100]), 256, 2, r).tolist() for r in (False, True))
     assert plain == [[0, 255], [1, 0]]
     assert reflected == [[0, 255], [1, 255]]
+
+
+@pytest.mark.parametrize("num_digits", [0, 64])
+def test_as_many_digits_as_an_int64_has_and_no_more(num_digits):
+    with pytest.raises(ValueError, match=f"num_digits = {num_digits}; expected at least 1 and at most 63"):
+        digit_layout(10, 2, num_digits)

@@ -232,6 +232,9 @@ again = transformers.AutoModelForCausalLM.from_pretrained(root / "again", trust_
 given = {k: v if v.ndim else v.item() for k, v in load_file(root / "window.inputs").items()}
 extractor.save_pretrained(root / "extractor again")
 extractor = transformers.AutoFeatureExtractor.from_pretrained(root / "extractor again", trust_remote_code=True)
+report["maps again"] = [
+    json.loads((root / name / "config.json").read_text())["auto_map"] for name in ("window", "again")
+]
 report["extractor again"] = torch.equal(extractor(case["fields"]).input_ids, case["ids"])
 report["again"] = torch.equal(result_of(again, given)["logits"], load_file(root / "window.results")["logits"])
 out.write_text(json.dumps(report))
@@ -272,6 +275,12 @@ def test_tokenizers_and_pipelines_go_along(report):
 def test_what_is_saved_again_elsewhere_loads_elsewhere(report):
     assert report["again"]
     assert report["extractor again"]
+    expected = {
+        "AutoConfig": "remote_code.LeviathanConfig",
+        "AutoModel": "remote_code.LeviathanModel",
+        "AutoModelForCausalLM": "remote_code.LeviathanForCausalLM",
+    }
+    assert report["maps again"] == [expected, expected]
 
 
 # ------------------------------------------------------------------------------------------------ with the package
@@ -342,9 +351,35 @@ def test_without_the_code_no_trace_of_it_is_left(tmp_path):
         assert json.loads(contents(tmp_path)[name]) == json.loads(plain[name])
 
 
+class Adapter:
+    """Saved as peft does: the adapter alone, with no config of a model."""
+
+    def save_pretrained(self, folder):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+
+
+def test_code_that_is_not_ours_stays_with_its_model(tmp_path):
+    config = {"model_type": "theirs", "auto_map": {"AutoConfig": "configuration_theirs.TheirConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    export(tmp_path)
+    export(tmp_path, field_tokenizer(), bundle_code=True)
+    assert json.loads((tmp_path / "config.json").read_text()) == config
+    assert "license:" not in (tmp_path / "README.md").read_text()  # of weights, whose owner decides
+
+
 def test_what_cannot_be_exported_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"neither config\.json nor preprocessor_config\.json"):
         export(tmp_path, bundle_code=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        export(tmp_path / "file", SpanModel(SpanConfig(num_inputs=1)))
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds a list; expected an object"):
+        export(tmp_path / "list", bundle_code=True)
+    with pytest.raises(ValueError, match=r"an adapter is merged first \(merge_and_unload\)"):
+        export(tmp_path / "adapter", Adapter(), bundle_code=True)
     with pytest.raises(ValueError, match="dict has no save_pretrained"):
         export(tmp_path, {}, bundle_code=True)
     llama = LeviathanForCausalLM(LeviathanConfig(**BODY, **SEPARABLE)).to_llama()

@@ -78,7 +78,7 @@ def test_names():
     for name in leviathan.__all__:
         assert getattr(leviathan, name).__name__ == name
     assert leviathan.khronos.__name__ == "leviathan.khronos"
-    for name in ("nothing", "_nothing", "__nothing__"):
+    for name in ("nothing", "_nothing", "__nothing__", "no.thing"):
         with pytest.raises(AttributeError, match=f"'leviathan' has no attribute '{name}'"):
             getattr(leviathan, name)
 

@@ -65,6 +65,7 @@ def test_round_trip_is_exact(options, tmp_path):
     stored = load_file(tmp_path / "model.safetensors")
     assert set(stored) == set(model.state_dict()) == set(loaded.state_dict())
     assert {"latent_mean", "latent_precision", "codes", "code_count", "boundary"} < set(stored)
+    assert "first_of_orbit" not in stored  # which follows from the config
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     cells = cells_of(model)

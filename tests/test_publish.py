@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from eval.publish import assemble, eval_results, main
+from eval.publish import STALE, assemble, eval_results, main
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
@@ -131,12 +131,16 @@ def test_every_card_of_ours_makes_a_readme_whose_links_are_there(model, card, ou
     [
         (CARD.replace("picture.png", "none.png"), r"links to card/none\.png, which is no file beside it"),
         (CARD.replace("card/picture.png", "../outside.png"), r"links to \.\./outside\.png, which is no file beside it"),
+        (CARD.replace("card/pic", "card/../card/pic"), r"links to card/\.\./card/picture\.png, which is no file"),
+        (CARD.replace("card/picture.png", "./config.json"), r"config\.json, which would take the place of the model's"),
+        ("---\nlicense: [a\n---\n# Broken", "the metadata of .* are no YAML"),
         ("# No metadata", "has no metadata with a license"),
         ("---\ntags: []\n---\n# No licence", "has no metadata with a license"),
     ],
 )
 def test_cards_that_cannot_go_along(model, card, out, text, message):
     (card.parent.parent / "outside.png").write_bytes(b"png")
+    (card.parent / "config.json").write_text("{}")
     card.write_text(text)
     with pytest.raises(ValueError, match=message):
         assemble(model, card, "user/name", out)
@@ -154,14 +158,21 @@ def test_models_that_are_not_whole(model, card, out):
     index = model / "model.safetensors.index.json"
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     index.write_text(json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}))
-    (model / shards[0]).write_bytes(whole)
+    save_file({"a": torch.ones(4)}, model / shards[0])
     with pytest.raises(ValueError, match=rf"{shards[1]} is missing or not whole"):
         assemble(model, card, "user/name", out)
     (model / shards[1]).write_bytes(whole)
+    with pytest.raises(ValueError, match=rf"{shards[1]} lacks b, which model\.safetensors\.index\.json says it has"):
+        assemble(model, card, "user/name", out)
+    save_file({"b": torch.ones(4)}, model / shards[1])
     assert {index.name, *shards} <= set(assemble(model, card, "user/name", out).files)
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     with pytest.raises(ValueError, match=r"names '\.\./secret\.safetensors'; expected shards beside it"):
         assemble(model, card, "user/name", out)
+    for found in ({}, {"weight_map": {}}, {"weight_map": ["a"]}):
+        index.write_text(json.dumps(found))
+        with pytest.raises(ValueError, match="has no weight_map of tensors and shards"):
+            assemble(model, card, "user/name", out)
     index.write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
         assemble(model, card, "user/name", out)
@@ -204,6 +215,12 @@ def test_the_code_comes_along_with_its_licence(model, card, out):
     assert ModelCard(text).data.license == "apache-2.0"
     assert "auto_map" in json.loads((out / "config.json").read_text())
     assert "auto_map" not in json.loads((model / "config.json").read_text())  # which is left as it was
+
+
+def test_what_is_taken_away_is_all_that_we_write_and_nothing_else(model, card, out):
+    found = assemble(model, card, "user/name", out, bundle_code=True)
+    assert {name for name in found.files if name.endswith(".py")} <= set(STALE)
+    assert not {"handler.py", "app.py", ".py", "*.py"} & set(STALE)
 
 
 def test_the_command_says_what_would_go_and_what_is_wrong(model, card, capsys):

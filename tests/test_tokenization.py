@@ -100,6 +100,14 @@ def test_saved_and_auto_loaded(tmp_path):
     assert np.array_equal(loaded(fields())["input_ids"], tokenizer(fields())["input_ids"])
 
 
+def test_numbers_of_numpy_and_torch_are_taken_and_saved(tmp_path):
+    bits, base = np.int32(6), torch.tensor(8)
+    low, high, rms = np.float32(-1), torch.tensor(1.0), np.float64(0.5)
+    FieldTokenizer(np.int64(2), bits, base, low, high, margin=np.int8(1), rms=rms).save_pretrained(tmp_path)
+    plain = FieldTokenizer(2, 6, 8, -1, 1, margin=1, rms=0.5)
+    assert FieldTokenizer.from_pretrained(tmp_path).to_dict() == plain.to_dict()
+
+
 def test_vocabulary():
     tokenizer = FieldTokenizer(num_bits=16, base=256)
     assert (tokenizer.vocab_size, tokenizer.num_digits, tokenizer.tokens_per_patch) == (65_536, 2, 4096)
@@ -157,6 +165,7 @@ def test_bad_ids(bad, message):
         ({"low": 0.0}, "give both"),
         ({"low": 1.0, "high": 1.0}, "empty or not finite"),
         ({"low": 0.0, "high": float("inf")}, "empty or not finite"),
+        ({"low": -1e308, "high": 1e308}, "empty or not finite"),
     ],
 )
 def test_bad_options(options, message):

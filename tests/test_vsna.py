@@ -197,6 +197,22 @@ def test_a_checkpoint_of_another_form_raises(tmp_path):
         VsnaModel.from_pretrained(tmp_path, config=VsnaConfig(axes=SETTINGS[:2], rank=2))
 
 
+def test_a_dtype_set_by_name_on_the_config_is_refused():
+    config = VsnaConfig()
+    config.dtype = "float32"
+    with pytest.raises(ValueError, match=r"dtype = 'float32'; expected a torch\.dtype"):
+        VsnaModel(config)
+
+
+def test_a_model_that_was_built_without_values_gets_them():
+    model = VsnaModel(VsnaConfig())
+    expected = model.signatures.clone()
+    model.signatures.zero_()
+    model._init_weights(model)
+    assert torch.equal(model.signatures, expected)
+    assert expected.any()
+
+
 def test_config_of_a_problem():
     config = VsnaConfig.for_problem(heat(), rank=3, decomposition="tucker", frame_sizes=[2, 3, 3])
     assert config.problem_axes == tuple(heat().axes)

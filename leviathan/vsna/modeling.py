@@ -418,7 +418,8 @@ def _signatures(config: VsnaConfig) -> list[int]:
 
 def _empty_field(config: VsnaConfig) -> SeparableField:
     axes, dtype = config.problem_axes, config.dtype
-    assert isinstance(dtype, torch.dtype), "as transformers has made of its name"
+    if not isinstance(dtype, torch.dtype):  # set by hand later on: transformers makes one of a name that is given
+        raise ValueError(f"dtype = {dtype!r}; expected a torch.dtype, e.g. torch.float64.")
     sizes: dict[str, dict[str, Any]] = {
         "cp": {"rank": config.rank},
         "tucker": {"rank": config.rank, "frame_sizes": config.reduced_sizes},
