@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-import math
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,8 +35,8 @@ def number(name: str, value: object, low: float, high: float, *, whole: bool = F
         ValueError: If it is none, not finite, not whole where it has to be, or outside of [low, high].
     """
     wanted = f"expected a {'whole ' if whole else ''}number from {low:g} to {high:g}."
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} = {value!r}; {wanted}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} = {repr(value)[:40]}; {wanted}")
     if not low <= value <= high or (whole and value != int(value)):
         raise ValueError(f"{name} = {value:g}; {wanted}")
     return int(value) if whole else float(value)

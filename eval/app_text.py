@@ -17,7 +17,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from eval.app_manners import missing, number, on, plainly
+from eval.app_manners import missing, number, on
 from eval.generate import complete, encode_prompts, load
 from eval.likelihood import max_length
 
@@ -42,19 +42,25 @@ class Writer:
 class _Stop(StoppingCriteria):
     """Ends a generation from outside."""
 
-    def __init__(self):
-        self.asked = threading.Event()
+    def __init__(self, *asked: threading.Event):
+        self.asked = asked
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.asked.is_set(), device=input_ids.device)
+        return torch.full((len(input_ids),), any(each.is_set() for each in self.asked), device=input_ids.device)
 
 
 def write(
-    writer: Writer, prompt: str, temperature: float, top_p: float, max_new_tokens: int, seed: int = 0
+    writer: Writer,
+    prompt: str,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    seed: int = 0,
+    stop: threading.Event | None = None,
 ) -> Iterator[str]:
     """Yields the text so far, the prompt included, whenever the model has written more of it.
 
-    Temperature 0 takes the likeliest token each time. Who stops reading stops the model.
+    Temperature 0 takes the likeliest token each time. Who stops reading, or sets ``stop``, stops the model.
 
     Raises:
         ValueError: If the prompt is empty or too long, or a number is out of its range.
@@ -72,13 +78,16 @@ def write(
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     streamer = TextIteratorStreamer(writer.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=LONGEST_WAIT)
-    stop, failures = _Stop(), []
+    closed, failures = threading.Event(), []
 
     def run() -> None:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                options = sampling | {"max_new_tokens": count, "stopping_criteria": StoppingCriteriaList([stop])}
+                options = sampling | {
+                    "max_new_tokens": count,
+                    "stopping_criteria": StoppingCriteriaList([_Stop(closed, stop or closed)]),
+                }
                 list(complete(writer.model, writer.tokenizer, ids, streamer=streamer, **options))
         except Exception as error:  # raised where it is read, not lost in a thread
             failures.append(error)
@@ -96,7 +105,7 @@ def write(
     except Empty as error:
         raise ValueError(f"the model has not written a token for {LONGEST_WAIT:g} s; try again.") from error
     finally:
-        stop.asked.set()
+        closed.set()
         thread.join()
     if failures:
         raise failures[0]
@@ -129,11 +138,25 @@ def tab(folder: Path) -> None:
             text = gr.Textbox(label="text", lines=20, interactive=False, elem_id="text")
             status = gr.Markdown(elem_id="text-status")
 
-    def answer(*values: object) -> Iterator[tuple[str, str]]:
-        begin = time.perf_counter()
-        for written in write(writer, *values):
-            yield written, "Writing ..."
-        yield written, f"Written in {time.perf_counter() - begin:.1f} s."
+    # By session. Gradio's own cancelling would leave "Error" on the text and "Writing ..." below it.
+    stops: dict[str | None, threading.Event] = {}
 
-    event = on(button.click, answer, [prompt, temperature, top_p, count, seed], [text, status])
-    halt.click(plainly(lambda: None), cancels=[event], api_visibility="private", queue=False)
+    def answer(
+        prompt: str, temperature: float, top_p: float, count: float, seed: float, request: gr.Request
+    ) -> Iterator[tuple[str, str]]:
+        begin, session = time.perf_counter(), request.session_hash
+        stop = stops[session] = threading.Event()
+        try:
+            for written in write(writer, prompt, temperature, top_p, count, seed, stop):
+                yield written, "Writing ..."
+            done = "Stopped after" if stop.is_set() else "Written in"
+            yield written, f"{done} {time.perf_counter() - begin:.1f} s."
+        finally:
+            stops.pop(session, None)
+
+    def halted(request: gr.Request) -> None:
+        if (stop := stops.get(request.session_hash)) is not None:
+            stop.set()
+
+    on(button.click, answer, [prompt, temperature, top_p, count, seed], [text, status])
+    halt.click(halted, api_visibility="private", queue=False)

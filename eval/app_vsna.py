@@ -66,7 +66,7 @@ EQUATIONS = {
         {"num_cells": {"x": 20, "t": 10, "nu": 3}, "degree": {"x": 4}, "nu": (0.05, 0.2)},
         {"rank": 14, "decomposition": "tensor_train"},
         1e-4,
-        "about 20 seconds",
+        "half a minute",
         "∂u/∂t + u ∂u/∂x = ν ∂²u/∂x² on [−1, 1], from −sin πx",
         ("place x / half length", "velocity u / u₀"),
         (-1.25, 1.25),

@@ -327,8 +327,8 @@ def assumptions(record: Record) -> list[str]:
         f"{record['assumptions']['usable']:.0%} of a GPU's memory can be used.",
         "DDP and tensor parallelism keep float32 weights under autocast, as transformers' Trainer does; DeepSpeed and "
         "FSDP2 (as accelerate sets it) compute and communicate in bfloat16. DeepSpeed's buckets have their default "
-        "sizes; by default, too, ZeRO-3 keeps gathered what is used again before 10⁹ other numbers: all but the first "
-        "layers of the largest model.",
+        "sizes; by default, too, ZeRO-3 keeps gathered what is used again before 10⁹ other numbers: all of a model, "
+        "but of the largest its head and its last layers alone.",
         "The generator computes in float32, for as many distinct ids as a micro-batch can hold; text repeats ids. Its "
         "kernels keep what they compute on the way in registers.",
         "Where the head's weight is sharded or divided, the loss is computed in chunks that are computed again in "

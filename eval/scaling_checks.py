@@ -86,27 +86,15 @@ MODELS: Mapping[str, tuple[LeviathanConfig, Batch]] = {
     ),
 }
 TIMED: Mapping[str, tuple[LeviathanConfig, Batch]] = {
-    "width 128": (
+    f"width {width}": (
         small_config(
-            **{"vocab_size": 8192, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4},
-            **{"loss_chunk_size": 256, "num_key_value_heads": 4},
+            **{"vocab_size": 8192, "hidden_size": width, "intermediate_size": 11 * width // 4, "num_hidden_layers": 4},
+            **{"loss_chunk_size": 256, "num_attention_heads": heads, "num_key_value_heads": heads},
         ),
         Batch(4, 128, 400),
-    ),
-    "width 256": (
-        small_config(
-            **{"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4},
-            **{"loss_chunk_size": 256, "num_key_value_heads": 4},
-        ),
-        Batch(4, 128, 400),
-    ),
-    "width 512": (
-        small_config(
-            **{"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4},
-            **{"loss_chunk_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8},
-        ),
-        Batch(4, 128, 400),
-    ),
+    )
+    for width, heads in ((128, 4), (256, 4), (512, 8))
+} | {
     "width 256, published generator": (
         LeviathanConfig(
             **{"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4},

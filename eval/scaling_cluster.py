@@ -5,9 +5,9 @@ twice for a sum that all get (Patarasuk and Yuan 2009). Bytes of P parameters, a
 step, times (N - 1) / N:
 
 - ``ddp``: weights 4 P, gradients 4 P and as much in buckets, AdamW 8 P; sends 2 (4 P)
-- ``zero1``: 2 P, 2 P, 12 P / N; sends 2 P + 2 P
-- ``zero2``: 2 P, 2 P / N, 12 P / N; sends 2 P a micro-batch, and 2 P
-- ``zero3``: 2 P / N beside what is live, 2 P / N, 12 P / N; sends 3 (2 P) a micro-batch, less what stayed live
+- ``zero1``: 2 P, 2 P, 16 P / N (float32 weights, moments and, in the step, gradients); sends 2 P + 2 P
+- ``zero2``: 2 P, 2 P / N, 16 P / N; sends 2 P a micro-batch, and 2 P
+- ``zero3``: 2 P / N beside what is live, 2 P / N, 16 P / N; sends 3 (2 P) a micro-batch, less what stayed live
 - ``zero3_offload``: as ``zero3``, with weights and optimizer in the host's memory, where AdamW runs
 - ``fsdp2``: 4 P / N beside gathered layers, 4 P / N, 8 P / N; sends 2 (2 P) a micro-batch, less the head, which stays
   gathered, and 2 P

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -101,61 +102,6 @@ def quick():
     patch.setitem(app_vsna.EQUATIONS, "heat", dataclasses.replace(app_vsna.EQUATIONS["heat"], **rough))
     yield
     patch.undo()
-
-
-# ------------------------------------------------------------------------------------------------------------- manners
-
-
-@pytest.mark.parametrize("value", [None, "3", math.nan, math.inf, True, -0.1, 5.1, [1]])
-def test_what_is_no_number_in_range_is_refused(value):
-    with pytest.raises(ValueError, match=r"^the size = .*; expected a number from 0 to 5\.$"):
-        app_manners.number("the size", value, 0, 5)
-
-
-def test_numbers_in_range_pass():
-    assert app_manners.number("n", 3.0, 0, 5, whole=True) == 3
-    assert isinstance(app_manners.number("n", 3.0, 0, 5, whole=True), int)
-    with pytest.raises(ValueError, match=r"whole number"):
-        app_manners.number("n", 3.5, 0, 5, whole=True)
-
-
-@pytest.mark.parametrize("error", [ValueError("rank = 0; expected more"), OSError("no room")])
-def test_what_a_user_can_cause_is_shown_as_a_sentence(error):
-    def fails(_):
-        raise error
-
-    def streams(_):
-        yield 1
-        raise error
-
-    expected = {"rank = 0; expected more": "Rank = 0; expected more.", "no room": "No room."}[str(error)]
-    with pytest.raises(gradio.Error) as shown:
-        app_manners.plainly(fails)(0)
-    assert shown.value.message == expected
-    stream = app_manners.plainly(streams)(0)
-    assert next(stream) == 1
-    with pytest.raises(gradio.Error, match=r"\w"):
-        next(stream)
-
-
-def test_what_only_we_can_cause_is_not_dressed_up():
-    def fails(_):
-        raise KeyError("name")
-
-    with pytest.raises(KeyError):
-        app_manners.plainly(fails)(0)
-
-
-def test_frames_of_a_film_have_one_size_and_differ():
-    def draw(figure):
-        (line,) = figure.subplots().plot([0, 1], [0, 1])
-        for height in (0.2, 0.8):
-            yield lambda height=height: line.set_ydata([height, height])
-
-    first, second = app_manners.film((3, 2), draw)
-    assert first.shape == second.shape == (220, 330, 3)
-    assert first.dtype == np.uint8
-    assert (first != second).any()
 
 
 # ---------------------------------------------------------------------------------------------------------- turbulence
@@ -252,6 +198,16 @@ def test_who_stops_reading_stops_the_model(writer):
     assert next(stream) == "Once"
     stream.close()
     assert app_text.threading.active_count() == before
+
+
+def test_who_asks_for_it_stops_the_model(writer):
+    stop = app_text.threading.Event()
+    *_, whole = app_text.write(writer, "Once", 1.5, 1.0, 100, 1)
+    stream = app_text.write(writer, "Once", 1.5, 1.0, 100, 1, stop)
+    next(stream)
+    stop.set()
+    *_, cut = [None, *stream]
+    assert cut is None or (whole.startswith(cut) and cut != whole)
 
 
 @pytest.mark.parametrize(
@@ -406,14 +362,28 @@ def connections(monkeypatch):
 
 
 @pytest.fixture
-def address(runs, quick, connections):
-    """Where an app over the tiny models listens."""
+def served(runs, quick, connections):
+    """An app over the tiny models that listens."""
     made = app.build_app(runs)
-    yield app.launch(made, block=False)
+    app.launch(made, block=False)
+    yield made
     made.close(verbose=False)
 
 
-def test_a_server_gives_no_file_and_no_share_link_and_calls_nobody(address, connections):
+@pytest.fixture
+def address(served):
+    """Where it listens."""
+    return served.local_url
+
+
+def test_a_server_gives_no_file_and_no_share_link_and_calls_nobody(served, address, connections):
+    jobs = [function for function in served.fns.values() if function.queue]
+    heavy = [function for function in jobs if function.concurrency_id == app_manners.HEAVY]
+    assert len(heavy) == 4  # a choice of an equation, and three buttons: one at a time, all others by kind
+    assert {function.concurrency_limit for function in heavy} == {1}
+    assert {function.concurrency_limit for function in jobs} == {1, "default"}
+    assert served._queue.default_concurrency_limit == 1
+    assert served._queue.max_size == app.MAX_WAITING
     assert address.startswith("http://127.0.0.1:")
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     with urllib.request.urlopen(f"{address}config") as answer:
@@ -436,7 +406,7 @@ def slide(page, elem_id, value):
 
 
 @pytest.mark.browser
-def test_in_a_browser_every_tab_answers(address, tmp_path):
+def test_in_a_browser_every_tab_answers(address, tmp_path, monkeypatch):
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     problems, strangers = [], []
     with playwright.sync_playwright() as started:
@@ -474,6 +444,13 @@ def test_in_a_browser_every_tab_answers(address, tmp_path):
         page.locator("#text-go").click()
         says(page.locator("#text textarea")).to_have_value(re.compile(r"^Once upon \w+"))
         says(page.locator("#text-status")).to_contain_text("Written in")
+        ask = app_text._Stop.__call__
+        monkeypatch.setattr(app_text._Stop, "__call__", lambda *args, **kw: time.sleep(0.1) or ask(*args, **kw))
+        page.locator("#text-go").click()
+        says(page.locator("#text-status")).to_contain_text("Writing")
+        page.get_by_role("button", name="Stop").click()
+        says(page.locator("#text-status")).to_contain_text("Stopped after")
+        says(page.get_by_text("Error", exact=True)).to_have_count(0)
         page.locator("#prompt textarea").fill("")
         page.locator("#text-go").click()
         says(page.locator(".toast-body")).to_contain_text("The prompt is empty; write something to continue.")

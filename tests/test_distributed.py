@@ -32,10 +32,15 @@ LAUNCHERS = {
 }
 STEPS, ITEMS = 4, 8  # of a run; of a step, of all processes
 
-# The job as it is, with a look at what a process reads and holds.
+# The job as it is, without extras that it does not use and that take seconds to import, and with a look at what a
+# process reads and holds.
 WATCHED = """
-import json, sys
+import json, os, sys
 from pathlib import Path
+
+unused = {"datasets", "peft"} | ({"deepspeed"} if "ACCELERATE_USE_DEEPSPEED" not in os.environ else set())
+sys.modules.update(dict.fromkeys(unused))
+
 from training import train
 from training.field_task import FieldTrainer
 from training.fields import PatchPairs
@@ -344,3 +349,33 @@ def test_deepspeed_that_would_be_left_out_is_refused(settings, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(ValueError, match=r"accelerate leaves DeepSpeed out.*--training.use_cpu true"):
         launching.prepare_backend()
+
+
+def test_a_run_is_not_taken_up_by_another_launcher(settings, single, monkeypatch):
+    """Sharding or DDP would begin the other's optimizer anew, and products go on in another precision."""
+    given = json.loads(json.dumps(settings))
+    given["training"]["resume_from_checkpoint"] = True
+    assert train.run(json.loads(json.dumps(given)))["steps"] == STEPS  # trained already
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match=r"other settings or data \(launcher\.mixed_precision\)"):
+        train.run(given)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_are_recorded(told, launcher):
+    with patch_environment(**told(launcher)[1]):
+        found = launching.launcher()
+    stage = f"deepspeed stage {launcher.removesuffix('_offload')[-1]}"
+    sharding = {"fsdp2": "fsdp"}.get(launcher, stage if launcher.startswith("deepspeed") else "none")
+    assert found == {"sharding": sharding, "mixed_precision": "bf16" if launcher == "single_gpu_bf16" else "no"}
+
+
+def test_fsdp_does_not_round_the_loss(told):
+    with patch_environment(**told("fsdp2")[1]):
+        plugin = FullyShardedDataParallelPlugin()
+    launching.keep_loss_exact(plugin)  # without mixed precision there is nothing to do
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16
+    launching.keep_loss_exact(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.bfloat16, None)

@@ -157,7 +157,7 @@ def test_wrong_batches_and_precisions_are_refused():
 def work_of(config, batch, strategy):
     count = Count(1e9, 1e6, 10)
     one = Pass(count, 2 * count)
-    return scaling_cluster.Work(one, one, one, Pass(Count(flops=1e6), Count(flops=2e6)))
+    return scaling_cluster.Work(3 * one, one, one, Pass(Count(flops=1e6), Count(flops=2e6)))
 
 
 def sent(strategy, num_devices, accumulation=1, config=None):
@@ -236,6 +236,48 @@ def test_a_step_hides_communication_only_in_the_best_case():
         assert added.total == pytest.approx(alone + added.communication)
         assert alone <= hidden.total <= added.total
         assert scaling_cluster.step_seconds(*given, BEST).total < added.total
+
+
+def step_of(strategy, num_devices, assumption=IDEAL, device=H200):
+    config = tiny()
+    given = (config, CAUSAL, work_of(config, CAUSAL, strategy), strategy, num_devices, 2, device, assumption)
+    return scaling_cluster.step_seconds(*given)
+
+
+def test_a_step_is_the_sum_of_its_parts():
+    # See work_of: three of layers, of ends and head one each.
+    part = 1e9 / H200.half_flops + 1e6 / H200.bytes_per_second
+    generator = 1e6 / H200.float_flops
+    for checkpointing in (False, True):  # computes layers again, and they alone
+        step = step_of(Strategy("ddp", checkpointing=checkpointing), 1)
+        assert step.forward == pytest.approx(2 * (5 * part + generator))
+        assert step.backward == pytest.approx(2 * ((10 + 3 * checkpointing) * part + 2 * generator))
+        assert step.total == pytest.approx(step.forward + step.backward + step.optimizer)
+
+
+def test_the_optimizer_moves_a_share_of_forty_bytes_a_parameter():
+    moved = 40 * parameters(tiny()).total
+    assert step_of(Strategy("ddp"), 8).optimizer == pytest.approx(moved / H200.bytes_per_second)
+    assert step_of(Strategy("fsdp2"), 8).optimizer == pytest.approx(moved / 8 / H200.bytes_per_second)
+    assert step_of(Strategy("zero3_offload"), 8).optimizer == pytest.approx(moved / 8 / H200.host_bytes_per_second)
+
+
+@pytest.mark.parametrize(
+    ("kind", "collectives"), [("ddp", 1), ("zero1", 4), ("zero2", 7), ("zero3", 18), ("fsdp2", 15)]
+)
+def test_collectives_wait_for_the_logarithm_of_their_members(kind, collectives):
+    late = dataclasses.replace(IDEAL, hop_seconds=1.0)
+    waits = step_of(Strategy(kind), 8, late).communication - step_of(Strategy(kind), 8).communication
+    assert waits == pytest.approx(3 * collectives)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_gradients_of_ddp_hide_behind_the_last_backward_pass_and_shards_behind_all(kind):
+    slow = dataclasses.replace(H200, link=1e6)
+    step = step_of(Strategy(kind), 8, dataclasses.replace(IDEAL, overlaps=True), slow)
+    behind = step.backward / 2 if kind == "ddp" else step.forward + step.backward
+    assert step.communication > behind
+    assert step.total == pytest.approx(step.forward + step.backward + step.optimizer + step.communication - behind)
 
 
 def test_an_asynchronous_device_waits_for_the_longer_of_launching_and_computing():

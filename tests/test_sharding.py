@@ -30,6 +30,16 @@ def test_steps_on_fields_are_those_of_one_process(rows):
     assert all(row["steps_as_of_one_process"] for row in rows if row["data"] == "fields")
 
 
+def test_a_grid_is_read_in_the_order_of_an_epoch_and_random_patches_as_they_come(tmp_path):
+    fields = sharding.write_flow(tmp_path)
+    grid, random = (
+        [number for batch in sharding.read_fields(fields, tmp_path, offsets, 0, 1, 0, False) for number in batch]
+        for offsets in ("grid", "random")
+    )
+    assert grid == list(ShuffledEpochs(sharding.SAMPLES, sharding.SAMPLES, seed=42))  # transformers' default
+    assert random == list(range(sharding.SAMPLES))
+
+
 def test_the_count_sees_what_is_lost_and_what_comes_twice():
     read = [[[0, 1], [2, 2]], [list(range(4, sharding.SAMPLES))]]
     found = sharding.row("text", 2, 0, False, read)

@@ -1,10 +1,11 @@
 """What accelerate leaves open between its launchers and a run: sharding on CPUs, and processes that never met."""
 
+import dataclasses
 import os
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, str_to_bool
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, str_to_bool
 
 
 def _asked_for(variable: str) -> bool:
@@ -45,6 +46,23 @@ def prepare_sharding(state: PartialState) -> None:
         from transformers.integrations import unset_hf_deepspeed_config  # reads DeepSpeed
 
         unset_hf_deepspeed_config()
+
+
+def launcher() -> dict[str, str]:
+    """What a launcher decides that checkpoints hold on to: how the run is sharded, and the precision of products."""
+    sharding = "none"
+    if _asked_for("ACCELERATE_USE_FSDP"):
+        sharding = "fsdp"
+    if _asked_for("ACCELERATE_USE_DEEPSPEED"):
+        sharding = f"deepspeed stage {os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE')}"
+    return {"sharding": sharding, "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no")}
+
+
+def keep_loss_exact(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Lets FSDP return what a model returns: accelerate would have it round the loss to the precision of products."""
+    policy = plugin.mixed_precision_policy
+    if getattr(policy, "output_dtype", None) is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
 
 def check_joined(num_processes: int, hint: str = "set ACCELERATE_USE_CPU=true in the environment") -> None:

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, set_seed
 
 from training.checkpoints import clear_partial, differences, newest_whole, step_of
 from training.field_task import FieldTask
+from training.launching import launcher
 from training.operator_task import OperatorTask
 from training.provenance import provenance, write_json
 from training.settings import Settings, parse_arguments
@@ -114,8 +115,9 @@ def build(settings: Settings) -> Parts:
 
 
 def record_of(settings: Settings, parts: Parts) -> dict[str, Any]:
-    """What must not change between the parts of one run: the settings, the processes and the data behind the path."""
-    return {"settings": settings, "num_processes": parts.args.world_size, "data": parts.task.record()}
+    """What must not change between the parts of one run: settings, processes, launcher, and data behind the path."""
+    processes = {"num_processes": parts.args.world_size, "launcher": launcher()}
+    return {"settings": settings, "data": parts.task.record()} | processes
 
 
 def check_resume(output: Path, record: dict[str, Any], resume: bool) -> Path | None:

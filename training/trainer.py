@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from training.checkpoints import PARTIAL, PREFIX, clear_partial, list_checkpoints, publish, rotate, sync
-from training.launching import check_joined, prepare_backend, prepare_sharding
+from training.launching import check_joined, keep_loss_exact, prepare_backend, prepare_sharding
 from training.provenance import write_text
 from training.settings import Settings
 
@@ -118,6 +118,8 @@ class LeviathanTrainer(Trainer):
         # It imports DeepSpeed where that is installed, which draws random numbers: in the middle of a run otherwise.
         self.accelerator.unwrap_model(self.model)
         set_seed(self.args.seed)
+        if self.is_fsdp_enabled:
+            keep_loss_exact(self.accelerator.state.fsdp_plugin)
         self.record: dict[str, Any] = {}
         self.asked_to_end = self.ended = False
         self.steps_skipped = 0
