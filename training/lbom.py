@@ -30,7 +30,7 @@ from training.microstructure_data import Cells, label, write_set
 from training.microstructures import KINDS, add_physics, summary, take_physics
 
 NUM_SAMPLES = 16  # files that are looked into before the others
-MAX_CELLS = 10**7  # that count.json may speak of
+MAX_CELLS = 1_000_000  # more than that no release has, and all of them are listed
 VOXEL_FILE = re.compile(r"(\d+)voxel(\.\w+)?")
 SPELLINGS = {"vf": "volume_fraction", "volume fraction": "volume_fraction", "volumefraction": "volume_fraction"}
 ID_COLUMNS = ("id", "index", "name", "cell")
