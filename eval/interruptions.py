@@ -242,8 +242,12 @@ def newest_step(output: Path) -> int:
     return next(map(step_of, list_checkpoints(output)), 0)
 
 
-def run_and_kill(settings: Settings, aim: Aim, pace: Pace, generator: random.Random, log: Path) -> Kill | None:
+def run_and_kill(
+    settings: Settings, aim: Aim, passed_over: int, pace: Pace, generator: random.Random, log: Path
+) -> Kill | None:
     """Starts or goes on with a run, and kills it; None if it was done before.
+
+    If it aims at checkpoints, so many are ``passed_over``, if another follows.
 
     Raises:
         RuntimeError: If it failed by itself.
@@ -257,7 +261,6 @@ def run_and_kill(settings: Settings, aim: Aim, pace: Pace, generator: random.Ran
         "rename": pace.save / 10,
         "finish": pace.finish,
     }.get(aim, 0.0)
-    passed_over = generator.randrange(2)  # so many checkpoints are let be, if another follows
     begin = time.perf_counter()
     process = start(lambda: train.run(settings), log)
     due = begin + delay if aim in ("any", "start") else None
@@ -368,6 +371,9 @@ def same_values(one: Any, other: Any) -> bool:
 def study(out: Path, num_kills: int, kind: Literal["text", "fields"], seed: int) -> dict[str, Any]:
     """Kills runs until ``num_kills`` have happened, and compares each that got done; writes `interruptions.json`.
 
+    Its `resumed_from` are the steps from which the last process of each run went on: between the first and the last it
+    is then seen whether all that a checkpoint has to hold is restored.
+
     Raises:
         RuntimeError: If a process fails by itself.
     """
@@ -378,36 +384,41 @@ def study(out: Path, num_kills: int, kind: Literal["text", "fields"], seed: int)
     out.mkdir(parents=True, exist_ok=True)
     wait(start(functools.partial(write_data, out / "data", kind), log), log)
     settings = functools.partial(tiny_settings, out / "data", kind, seed=seed)
-    train_unbroken(settings(output=whole), log)
+    first = settings(output=whole)
+    first["training"] |= {"max_steps": 1, "save_steps": 1, "eval_steps": 1}
+    train_unbroken(first, log)
     shutil.rmtree(whole)
     pace = train_unbroken(settings(output=whole), log)  # as fast as those that follow, now that all is imported
     generator = random.Random(seed)
     kills: list[Kill] = []
-    runs, found = 0, []
+    resumed_from, found = [], []
     while len(kills) < num_kills:
         done = False
         while not done:
             if len(kills) < num_kills:
-                (aim,) = generator.choices(list(AIMS), AIMS.values())
-                kill = run_and_kill(settings(output=broken), aim, pace, generator, log)
+                # The first lets a checkpoint be, so that there is a run that goes on from the midst of it.
+                (aim,) = generator.choices(list(AIMS), AIMS.values()) if kills else ("save",)
+                passed_over = generator.randrange(2) if kills else 1
+                kill = run_and_kill(settings(output=broken), aim, passed_over, pace, generator, log)
                 done = kill is None
                 if kill is not None:
-                    kills.append(dataclasses.replace(kill, run=runs))
-                    print(f"\r{len(kills)} of {num_kills} kills, {runs} runs done", end="", flush=True)
+                    kills.append(dataclasses.replace(kill, run=len(resumed_from)))
+                    print(f"\r{len(kills)} of {num_kills} kills, {len(resumed_from)} runs done", end="", flush=True)
             else:
                 wait(start(lambda: train.run(settings(output=broken)), log), log)
                 done = True
         if differ := compare(whole, broken):
-            found.append({"run": runs, "files": differ})
-            shutil.copytree(broken, out / f"differs-{runs}", dirs_exist_ok=True)
-        runs += 1
+            found.append({"run": len(resumed_from), "files": differ})
+            shutil.copytree(broken, out / f"differs-{len(resumed_from)}", dirs_exist_ok=True)
+        resumed_from.append(json.loads((broken / "training.json").read_text())["resumed_from_step"])
         shutil.rmtree(broken)
     print()
     report = {
         "settings": settings(output=Path("OUTPUT")) | {"kind": kind, "pace": dataclasses.asdict(pace)},
         "kills": [dataclasses.asdict(kill) for kill in kills],
-        "runs": runs,
-        "identical": runs - len(found),
+        "runs": len(resumed_from),
+        "resumed_from": resumed_from,
+        "identical": len(resumed_from) - len(found),
         "differences": found,
         "provenance": provenance(seed),
     }

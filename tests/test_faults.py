@@ -4,9 +4,8 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,17 +13,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from eval.interruptions import compare, tiny_settings, write_data
-from training import train
+from training import train, trainer
 from training.checkpoints import damage, list_checkpoints, publish
 from training.trainer import LeviathanTrainer, build_arguments, ending_on_termination, weights_alone
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +83,7 @@ def names(folder):
 # Signals
 
 
-@pytest.mark.parametrize("strategy", ["steps", "no", "epoch"])
+@pytest.mark.parametrize("strategy", ["steps", "no"])
 def test_sigterm_ends_the_run_with_a_checkpoint_and_it_goes_on_as_if_nothing_were(
     settings, tmp_path, monkeypatch, capsys, unbroken, strategy
 ):
@@ -113,20 +109,21 @@ def test_sigterm_in_the_last_step_lets_the_run_finish(settings, monkeypatch, tmp
     assert compare(unbroken, tmp_path / "run") == []
 
 
-def test_workers_of_the_loader_survive_a_sigterm_to_all_processes(settings, monkeypatch, tmp_path):
-    settings["training"] |= {"dataloader_num_workers": 2}
-    before = psutil.Process().children()
+def test_workers_of_the_loaders_survive_a_sigterm_to_all_processes(settings, monkeypatch, tmp_path):
+    settings["training"] |= {"dataloader_num_workers": 2, "eval_steps": 2}
+    before, found = psutil.Process().children(), []
 
     def to_all(_):
         workers = [child for child in psutil.Process().children() if child not in before]
-        assert len(workers) >= 2
+        found.append(len(workers))
         for process in workers:
             process.send_signal(signal.SIGTERM)
         terminate()
 
-    at_step(monkeypatch, 2, to_all, "on_step_begin")
+    at_step(monkeypatch, 2, to_all, "on_prediction_step")
     with pytest.raises(SystemExit):
         train.run(settings)
+    assert max(found) == 4  # of training, and of evaluation
     assert names(tmp_path / "run")[0] == "checkpoint-3"
     assert [child for child in psutil.Process().children() if child not in before] == []
 
@@ -196,8 +193,38 @@ def test_a_full_disk_at_the_end_leaves_no_half_of_a_model(settings, monkeypatch,
         ):
             train.run(settings)
     assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-4", "checkpoint-6", "log.jsonl", "run.json"]
+    shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-2")  # as if killed before the oldest was removed
+    shutil.copytree(folder / "checkpoint-4", folder / "partial" / "checkpoint-8")  # and while writing another
     assert train.run(settings)["resumed_from_step"] == 6
     assert compare(unbroken, folder) == []
+
+
+def test_a_checkpoint_without_the_state_of_a_process_is_not_published(settings, monkeypatch, tmp_path):
+    monkeypatch.setattr(LeviathanTrainer, "_loop_file", lambda self, checkpoint: checkpoint / "elsewhere.json")
+    with pytest.raises(OSError, match="it has the state of 0 of 1 processes: all have to see the same folder"):
+        train.run(settings)
+    assert names(tmp_path / "run") == []
+
+
+def test_a_full_disk_under_the_counts_is_an_error_of_the_system(settings, monkeypatch, tmp_path):
+    def full(tensors, path, *args):
+        Path(path).write_bytes(b"x")
+        raise SafetensorError("No space left on device")
+
+    at_step(monkeypatch, 6, lambda _: monkeypatch.setattr(trainer, "save_file", full), "on_train_end")
+    with pytest.raises(OSError, match=r"token_counts.safetensors could not be written: No space"):
+        train.run(settings)
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["partial", "checkpoint-100"])
+def test_what_somebody_else_put_into_the_folder_is_left_alone(settings, tmp_path, name):
+    path = tmp_path / "run" / name / "thesis.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} is none of ours to overwrite or delete"):
+        train.run(settings)
+    assert path.read_text() == "mine"
 
 
 def test_a_damaged_record_of_the_run_is_said(settings, tmp_path):
@@ -319,6 +346,14 @@ def test_the_count_goes_on_after_a_resume(settings, monkeypatch, tmp_path):
     assert rows(tmp_path / "run", "steps_skipped") == {2: 1, 3: 2, 5: 3}
 
 
+def test_those_in_a_row_are_counted_over_a_resume(settings, monkeypatch):
+    settings["training"] |= {"max_nonfinite_steps": 3}
+    spoil(monkeypatch, {2, 3, 4}, float("nan"), "loss")
+    train_and_terminate(settings, monkeypatch, 3)
+    with pytest.raises(ValueError, match="of step 4 is not finite, 3 in a row"):
+        train.run(settings)
+
+
 def test_under_deepspeed_which_steps_in_the_backward_pass_the_run_stops_before_it(settings, monkeypatch, tmp_path):
     compute, found = LeviathanTrainer.compute_loss, []
 
@@ -338,7 +373,15 @@ def test_under_deepspeed_which_steps_in_the_backward_pass_the_run_stops_before_i
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("enable_jit_checkpoint", True), ("save_on_each_node", True), ("max_nonfinite_steps", 0)]
+    ("name", "value"),
+    [
+        ("enable_jit_checkpoint", True),
+        ("save_on_each_node", True),
+        ("max_nonfinite_steps", 0),
+        ("eval_strategy", "epoch"),
+        ("logging_strategy", "epoch"),
+        ("save_strategy", "epoch"),
+    ],
 )
 def test_settings_that_would_defeat_this_are_refused(settings, name, value):
     settings["training"] |= {name: value, "resume_from_checkpoint": None}
@@ -403,7 +446,7 @@ def test_what_deepspeed_loads_is_held_to_weights_too(tmp_path):
 # Choices of transformers' that touch checkpoints
 
 
-def test_the_best_checkpoint_is_kept_found_and_loaded(settings, tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_kept_found_and_loaded_and_the_newest_kept(settings, tmp_path, monkeypatch):
     settings["training"] |= {"eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
     loop = LeviathanTrainer.evaluation_loop
 
@@ -413,8 +456,11 @@ def test_the_best_checkpoint_is_kept_found_and_loaded(settings, tmp_path, monkey
         return output
 
     monkeypatch.setattr(LeviathanTrainer, "evaluation_loop", evaluated)
-    train.run(settings)
     folder = tmp_path / "run"
+    train_and_terminate(settings, monkeypatch, 5)
+    assert names(folder) == ["checkpoint-5", "checkpoint-4"]
+    assert train.run(settings)["resumed_from_step"] == 5
+    assert names(folder) == ["checkpoint-6", "checkpoint-4"]
     best = folder / "checkpoint-4"
     assert damage(best) is None
     state = json.loads((best / "trainer_state.json").read_text())
@@ -422,72 +468,20 @@ def test_the_best_checkpoint_is_kept_found_and_loaded(settings, tmp_path, monkey
     assert (folder / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
 
 
-TWO = """
-import contextlib, json, os, signal, socket, sys, yaml
-with contextlib.suppress(ImportError):
-    import deepspeed  # once for all
-import torch
-from training import train
-from training.trainer import LeviathanTrainer
+def test_evaluation_leaves_the_random_numbers_of_training(settings, monkeypatch):
+    """Its loader draws one when it starts; persistent workers start once, and once more after a resume."""
+    evaluate, states = Trainer.evaluate, []
 
-settings = yaml.safe_load(open(sys.argv[1]))
-torch.set_num_threads(1)
+    def evaluated(self, *args, **kwargs):
+        states.append(torch.get_rng_state())
+        return evaluate(self, *args, **kwargs)
 
-def ranks(part):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [os.fork() or rank(number, part, port) for number in range(2)]
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-def rank(number, part, port):
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    compute, code = LeviathanTrainer.compute_loss, 1
-    def computed(self, *args, **kwargs):
-        loss = compute(self, *args, **kwargs)
-        if number == 1 and self.state.global_step == 1:
-            loss = loss * float("nan")
-        if number == 1 and self.state.global_step == 2 and part == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss
-    LeviathanTrainer.compute_loss = computed
-    try:
-        train.run(settings)
-        code = 0
-    except SystemExit as error:
-        code = error.code
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-codes = [ranks(0)]
-os.remove(settings["training"]["output_dir"] + "/checkpoint-3/loop-1.json")
-json.dump([*codes, ranks(1)], open(sys.argv[2], "w"))
-"""
-
-
-def test_two_processes_agree(settings, tmp_path):
-    """One of two has the bad loss, and one gets the signal: both skip, both end after the same step, both go on."""
-    settings["training"] |= {
-        "max_steps": 4,
-        "eval_strategy": "no",
-        "ddp_backend": "gloo",
-        "ddp_find_unused_parameters": False,
-        "gradient_accumulation_steps": 1,
-    }
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings))
-    (tmp_path / "two.py").write_text(TWO)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *(str(tmp_path / name) for name in ("two.py", "two.yaml", "codes.json"))]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr
-    folder = tmp_path / "run"
-    assert json.loads((tmp_path / "codes.json").read_text()) == [[143, 143], [0, 0]], run.stderr
-    assert run.stderr.count("checkpoint-3 is not whole: loop-1.json is missing") == 1  # one looks, and tells
-    report = json.loads((folder / "training.json").read_text())
-    assert (report["steps_skipped"], report["resumed_from_step"]) == (1, 2)
-    loops = [json.loads((folder / "checkpoint-4" / f"loop-{rank}.json").read_text()) for rank in range(2)]
-    assert [loop["steps_skipped"] for loop in loops] == [1, 1]
-    assert {path.name for path in folder.glob("checkpoint-4/rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
-    assert damage(folder / "checkpoint-4") is None
+    monkeypatch.setattr(Trainer, "evaluate", evaluated)
+    settings["training"] |= {"max_steps": 1, "eval_steps": 1, "save_strategy": "no"}
+    at_step(monkeypatch, 1, lambda _: states.append(torch.get_rng_state()), "on_evaluate")
+    at_end = []
+    at_step(monkeypatch, 1, lambda _: at_end.append(torch.get_rng_state()), "on_train_end")
+    train.run(settings)
+    before, within = states
+    assert torch.equal(before, at_end[0])
+    assert not torch.equal(before, within)  # there is something to be left

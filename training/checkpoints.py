@@ -50,8 +50,6 @@ def list_checkpoints(output: Path) -> list[Path]:
 def publish(staged: Path, record: dict[str, Any]) -> Path:
     """Gives the checkpoint ``staged``, output/partial/checkpoint-N, its manifest and its place, output/checkpoint-N.
 
-    One that is there already, of the same step, is replaced.
-
     Args:
         staged: A folder whose files are complete.
         record: What tells the run from others, for JSON.
@@ -60,7 +58,7 @@ def publish(staged: Path, record: dict[str, Any]) -> Path:
         The checkpoint.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If it cannot be written, or there is one of this step already.
     """
     target = staged.parent.parent / staged.name
     files = sorted(path for path in staged.rglob("*") if path.is_file() and path != staged / MANIFEST)
@@ -70,7 +68,6 @@ def publish(staged: Path, record: dict[str, Any]) -> Path:
         sync(path)
     for folder in {staged, *(path.parent for path in files)}:
         sync(folder)
-    _bury(target)
     staged.rename(target)
     sync(target.parent)
     clear_partial(target.parent)
@@ -81,7 +78,7 @@ def damage(checkpoint: Path) -> str | None:
     """What a checkpoint is not whole by, or None: its files are those of its manifest, to the bit."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        expected = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in manifest["files"].items()}
         manifest["run"].keys()
         if manifest["step"] != step_of(checkpoint):
             return f"{MANIFEST} is that of step {manifest['step']}"
@@ -163,9 +160,8 @@ def clear_partial(output: Path) -> None:
 
 
 def _bury(checkpoint: Path) -> None:
-    """Takes a checkpoint, if it exists, away by one rename, so that a kill leaves no half of it."""
-    if checkpoint.exists():
-        checkpoint.rename(checkpoint.parent / PARTIAL / f"removed-{checkpoint.name}")
+    """Takes a checkpoint away by one rename, so that a kill leaves no half of it."""
+    checkpoint.rename(checkpoint.parent / PARTIAL / f"removed-{checkpoint.name}")
 
 
 def _entries(folder: Path, paths: Iterable[Path]) -> list[tuple[str, dict[str, Any]]]:

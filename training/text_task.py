@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -21,7 +21,7 @@ from training.settings import Settings
 from training.text import TextSettings, TextStream, validation_sequences
 from training.token_order import load_order
 from training.tokenizer import load_tokenizer, num_ids
-from training.trainer import LeviathanTrainer, TrainingSettings, heedless_workers, marginal_entropy
+from training.trainer import LeviathanTrainer, TrainingSettings, heedless_workers, marginal_entropy, write_tensors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class TextTrainer(LeviathanTrainer):
         super()._save_rng_state(output_dir)
         stream, counts = _state_files(Path(output_dir), self.args.process_index)
         write_text(stream, json.dumps(self.train_dataset.state_dict()))
-        save_file({"counts": self.counts}, counts)
+        write_tensors(counts, {"counts": self.counts})
 
     def resume_data(self, checkpoint: Path) -> None:
         """Goes on where this process stood.
@@ -121,9 +121,7 @@ class TextTrainer(LeviathanTrainer):
             counts = self.accelerator.reduce(self.counts.to(self.args.device)).cpu()
             if self.is_world_process_zero():
                 path = Path(output_dir or self.args.output_dir) / "token_counts.safetensors"
-                partial = path.with_name(path.name + ".partial")
-                save_file({"counts": counts}, partial)
-                partial.replace(path)
+                write_tensors(path, {"counts": counts})
 
     def report(self) -> dict[str, Any]:
         """Seconds that the model waited for text, since the last start; documents left out, of those read so far.

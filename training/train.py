@@ -33,7 +33,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel, set_seed
 
-from training.checkpoints import clear_partial, differences, newest_whole, step_of
+from training.checkpoints import PARTIAL, clear_partial, differences, list_checkpoints, newest_whole, step_of
 from training.field_task import FieldTask
 from training.launching import launcher
 from training.operator_task import OperatorTask
@@ -129,8 +129,9 @@ def check_resume(output: Path, record: dict[str, Any], resume: bool) -> Path | N
     """
     written = output / "run.json"
     if not written.exists():
-        if (output / "config.json").exists():
-            raise ValueError(f"{output} holds a model that is none of ours to overwrite; choose another folder.")
+        for found in (output / "config.json", output / PARTIAL, *list_checkpoints(output)):
+            if found.exists():
+                raise ValueError(f"{found} is none of ours to overwrite or delete; choose another folder.")
         return None
     if not resume:
         raise ValueError(

@@ -75,6 +75,9 @@ def build_arguments(settings: Settings) -> TrainingSettings:
         raise ValueError("training.save_on_each_node: a checkpoint is one folder that all processes see; leave it out.")
     if args.enable_jit_checkpoint:
         raise ValueError("training.enable_jit_checkpoint: SIGTERM ends a run with a checkpoint anyway; leave it out.")
+    for name in ("eval_strategy", "logging_strategy", "save_strategy"):
+        if getattr(args, name) == "epoch":
+            raise ValueError(f"training.{name} = 'epoch': a run is one epoch, of max_steps steps; give steps or no.")
     if args.max_nonfinite_steps < 1:
         raise ValueError(f"training.max_nonfinite_steps = {args.max_nonfinite_steps}; expected 1 step or more.")
     check_joined(args.world_size, "pass --training.use_cpu true")
@@ -160,6 +163,15 @@ class LeviathanTrainer(Trainer):
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """As in transformers; its workers outlive a SIGTERM to all processes of the run."""
         return heedless_workers(super().get_eval_dataloader(*args, **kwargs))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in transformers; leaves the random numbers of training as they are.
+
+        A loader draws one when its workers start: at each evaluation, or at the first alone if they persist, and after
+        a resume that is another.
+        """
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers; looks whether the loss is finite."""
@@ -270,6 +282,8 @@ class LeviathanTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(staged):
+                self.state.best_model_checkpoint = str(output / staged.name)  # on all processes
             if self.args.should_save:
                 self._complete(staged)
                 publish(staged, self.record)
@@ -282,6 +296,14 @@ class LeviathanTrainer(Trainer):
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(output / staged.name))
         self.rotate_checkpoints()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which at a limit of one would delete the newest checkpoint if another is the best."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def rotate_checkpoints(self) -> None:
         """Deletes the oldest checkpoints beyond save_total_limit."""
@@ -301,13 +323,11 @@ class LeviathanTrainer(Trainer):
         )
 
     def _complete(self, staged: Path) -> None:
-        """Sees that the files of all processes are there, and gives the best checkpoint the name that it will have."""
+        """Sees that the files of all processes are there, and writes the name that the best checkpoint will have."""
         written, expected = len(list(staged.glob("loop-*.json"))), self.args.world_size
         if written != expected:
             raise OSError(f"it has the state of {written} of {expected} processes: all have to see the same folder")
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(staged.parent.parent / staged.name)
-            self.state.save_to_json(str(staged / "trainer_state.json"))
+        self.state.save_to_json(str(staged / "trainer_state.json"))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Later, when the folder has its name."""
@@ -404,17 +424,30 @@ def _start_heedless(start: Callable[[int], None] | None, worker: int) -> None:
         start(worker)
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes safetensors whole or not at all.
+
+    Raises:
+        OSError: If they cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata)
+        partial.replace(path)
+    except WRITE_ERRORS as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
 def save_batches(path: Path, batches: list[dict[str, Any]], metadata: dict[str, str]) -> None:
-    """Writes the inputs of a step as `I.NAME`, I the place in the accumulation; whole or not at all."""
+    """Writes the inputs of a step as `I.NAME`, I the place in the accumulation."""
     tensors = {
         f"{index}.{name}": torch.as_tensor(value).detach().cpu().clone().contiguous()
         for index, batch in enumerate(batches)
         for name, value in batch.items()
         if isinstance(value, Tensor | int | float)
     }
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata)
-    partial.replace(path)
+    write_tensors(path, tensors, metadata)
 
 
 class JsonLog(TrainerCallback):
