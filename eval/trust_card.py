@@ -81,11 +81,26 @@ def of_audit(record: Record) -> str:
     return f"```text\n{summary(record)}\n```"
 
 
+def of_imports(record: Record) -> str:
+    """What importing the package costs."""
+    rows = []
+    for figure in record["sections"]["imports"]["figures"]:
+        seconds = [f"{name} {figure['seconds'][name]['median']:.2f}" for name in figure["ratio_of"]]
+        target = figure["target"]
+        asked = f"<= {target['at_most']}" if target else ""
+        rows.append((figure["what"], ", ".join(seconds), f"{figure['ratio']:.2f}", asked))
+    return f"""Medians of {record["repeats"]} processes each, in seconds. `import leviathan` puts off what it can: \
+models are imported and registered when somebody asks for an Auto class, which is the first use below.
+
+{table(("", "seconds", "ratio", "asked"), rows)}"""
+
+
 SECTIONS: dict[str, tuple[str, str, Callable[[Record], str]]] = {
     "interruptions": ("Killed and resumed", "python -m eval.interruptions", of_interruptions),
     "sharding": ("Data on several processes", "python -m eval.sharding", of_sharding),
     "fuzz": ("Broken and hostile files", "python -m eval.fuzz", of_fuzz),
     "conformance": ("transformers' own tests", "python -m eval.conformance", of_conformance),
+    "imports": ("Import", "python -m eval.speed --sections imports", of_imports),
     "audit": ("Dependencies", "python -m eval.audit", of_audit),
 }
 

@@ -384,3 +384,18 @@ def test_weights_that_an_index_names_run_no_code(tmp_path):
     with pytest.raises(Exception, match=r"(?i)weights|unpickling"):
         leviathan.KhronosModel.from_pretrained(folder)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "linear"}, "factor"),
+        ({"rope_type": "spiral"}, "expected one of default, linear"),
+        ({"rope_type": ["linear"]}, "expected one of default, linear"),
+        ({"rope_theta": "a lot"}, "expected a number above 0"),
+        ({"rope_theta": 0}, "expected a number above 0"),
+    ],
+)
+def test_positions_that_cannot_be_built_are_refused(rope, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        leviathan.LeviathanConfig(rope_parameters={"rope_theta": 1e4, "rope_type": "default"} | rope)
