@@ -7,6 +7,7 @@ import random
 import tracemalloc
 import warnings
 from collections import Counter
+from unittest.mock import Mock
 
 import datasets
 import pyarrow as pa
@@ -127,6 +128,19 @@ def test_frames_with_long_windows(tmp_path):
         zstandard.ZstdDecompressor().decompressobj().decompress(frame)
     (tmp_path / "a.jsonl.zst").write_bytes(frame)
     assert list(Documents(tmp_path)) == ["far back"]
+
+
+def test_a_window_that_memory_does_not_hold_is_damage(tmp_path, monkeypatch):
+    """A few bytes can ask for 2 GiB; what else is there is read all the same."""
+    write_jsonl(tmp_path / "b.jsonl", ["whole"])
+    (tmp_path / "a.jsonl.zst").write_bytes(b"ever so large")
+    frame = Mock()
+    frame.return_value.decompressobj.return_value.decompress.side_effect = MemoryError
+    monkeypatch.setattr(module.zstandard, "ZstdDecompressor", frame)
+    with pytest.raises(ValueError, match="larger window than memory holds"):
+        list(Documents(tmp_path))
+    with pytest.warns(UserWarning, match="larger window than memory holds"):
+        assert list(Documents(tmp_path, on_broken="skip")) == ["whole"]
 
 
 def test_another_column(tmp_path):

@@ -322,7 +322,11 @@ def _unpacked(file: IO[bytes]) -> Iterator[bytes]:
     decompressor, frame, rest = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES), None, b""
     while chunk := rest or file.read(PACKED_BYTES):
         frame = frame or decompressor.decompressobj()
-        yield frame.decompress(chunk)
+        try:
+            unpacked = frame.decompress(chunk)
+        except MemoryError as error:  # a few bytes can ask for a window of MAX_WINDOW_BYTES
+            raise zstandard.ZstdError("a frame asks for a larger window than memory holds") from error
+        yield unpacked
         rest = b""
         if frame.eof:  # another may follow
             frame, rest = None, frame.unused_data
