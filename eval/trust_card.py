@@ -99,6 +99,12 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Record], str]]] = {
     "interruptions": ("Killed and resumed", "python -m eval.interruptions", of_interruptions),
     "sharding": ("Data on several processes", "python -m eval.sharding", of_sharding),
     "fuzz": ("Broken and hostile files", "python -m eval.fuzz", of_fuzz),
+    # Of the loaders that were changed by what the run before had found.
+    "fuzz_documents": (
+        "Broken documents, again",
+        "python -m eval.fuzz --only jsonl.zst jsonl jsonl.gz documents",
+        of_fuzz,
+    ),
     "conformance": ("transformers' own tests", "python -m eval.conformance", of_conformance),
     "imports": ("Import", "python -m eval.speed --sections imports", of_imports),
     "audit": ("Dependencies", "python -m eval.audit", of_audit),
