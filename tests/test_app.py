@@ -445,7 +445,7 @@ def test_in_a_browser_every_tab_answers(address, tmp_path, monkeypatch):
         says(page.locator("#text textarea")).to_have_value(re.compile(r"^Once upon \w+"))
         says(page.locator("#text-status")).to_contain_text("Written in")
         ask = app_text._Stop.__call__
-        monkeypatch.setattr(app_text._Stop, "__call__", lambda *args, **kw: time.sleep(0.1) or ask(*args, **kw))
+        monkeypatch.setattr(app_text._Stop, "__call__", lambda *args, **kw: time.sleep(1) or ask(*args, **kw))
         page.locator("#text-go").click()
         says(page.locator("#text-status")).to_contain_text("Writing")
         page.get_by_role("button", name="Stop").click()
