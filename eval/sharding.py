@@ -33,6 +33,7 @@ from training.field_task import FieldTrainer
 from training.fields import FieldFile, PatchPairs
 from training.provenance import provenance, write_json
 from training.text import TextSettings, TextStream
+from training.text_task import stream_loader
 from training.trainer import build_arguments
 from training.turbulence import FlowSettings, write_fields
 
@@ -62,24 +63,21 @@ def write_documents(folder: Path) -> PreTrainedTokenizerFast:
     return word_tokenizer(SAMPLES)
 
 
-def text_loader(stream: TextStream, num_workers: int) -> DataLoader:
-    """As `training.text_task.TextTrainer` makes it."""
-    return DataLoader(stream, BATCH, collate_fn=stream.collate, num_workers=num_workers)
-
-
 def read_text(
     folder: Path, tokenizer: PreTrainedTokenizerFast, rank: int, ranks: int, workers: int, broken: bool
 ) -> Batches:
     """The documents' numbers in each batch that one process reads in an epoch."""
     path = str(folder / "text.jsonl")
     settings = TextSettings(train=path, validation=path, context_length=1 + WORDS, shuffle_buffer=BLOCK)
+    loading = {"per_device_train_batch_size": BATCH, "dataloader_num_workers": workers, "dataloader_pin_memory": False}
+    arguments = build_arguments({"training": {"output_dir": str(folder), "max_steps": 1, "use_cpu": True} | loading})
 
     def stream() -> TextStream:
         return TextStream(settings, tokenizer, rank=rank, world_size=ranks)
 
     def read(source: TextStream, count: int) -> Batches:
         batches = []
-        for batch in islice(text_loader(source, workers), count):
+        for batch in islice(stream_loader(source, arguments), count):
             source.record(batch["stream"])
             batches.append((batch["input_ids"][:, 1] - 1).tolist())
         return batches

@@ -20,6 +20,7 @@ PACKAGES = (
     *("scikit-learn", "xgboost-cpu", "pykan", "pyinn", "scikit-fem", "torchTT", "PyWavelets"),
     *("gymnasium", "stable-baselines3", "mujoco", "minari", "arch"),
     *("scipy", "scikit-image", "meshio"),
+    *("deepspeed", "hypothesis", "atheris"),
 )
 
 

@@ -40,6 +40,18 @@ class TokenizerSettings:
     start: Literal["random", "factors"] = "random"
 
 
+def stream_loader(stream: TextStream, args: TrainingSettings) -> DataLoader:
+    """The batches that a process takes from its share of the text."""
+    return DataLoader(
+        stream,
+        batch_size=args.per_device_train_batch_size,
+        collate_fn=stream.collate,
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        pin_memory=args.dataloader_pin_memory,
+    )
+
+
 class TextTrainer(LeviathanTrainer):
     """The loop on a stream that is shared out among processes and workers by itself.
 
@@ -54,16 +66,7 @@ class TextTrainer(LeviathanTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """A plain loader: one prepared by accelerate would thin out a share once more."""
-        args = self.args
-        loader = DataLoader(
-            self.train_dataset,
-            batch_size=args.per_device_train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            pin_memory=args.dataloader_pin_memory,
-        )
-        return heedless_workers(loader)
+        return heedless_workers(stream_loader(self.train_dataset, self.args))
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As in transformers; measures the wait."""
